@@ -1,0 +1,162 @@
+"""The loop over scales: predict, sample, accumulate, coarse to fine; denoise at the last scale (paper figure 4)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hartist.generation.guidance import guidance_strength, guide
+from hartist.generation.noise import Noise
+from hartist.generation.sampling import SamplingSettings, sample_ids, smooth_vectors
+from hartist.residual.denoise import denoise
+from hartist.residual.schedule import respaced_schedule
+from hartist.text.encoder import TextContext
+from hartist.tokenizer.quantizer import Quantizer
+from hartist.tokenizer.residual_loop import area_downsample, map_to_tokens, residual_loop, tokens_to_map
+from hartist.transformer.model import ScaleTransformer
+
+
+@dataclass(frozen=True)
+class ScaleResult:
+    """One finished scale of a batch of images."""
+
+    k: int
+    num_scales: int
+    grid: tuple[int, int]
+    ids_Bl: Int[Tensor, "b l"]
+    logits_BlV: Float[Tensor, "b l v"]
+    """After guidance, before filtering."""
+    f_hat_BChw: Float[Tensor, "b c h w"]
+    """What the decoder would show now; at the last scale with residual tokens."""
+    discrete_f_hat_BChw: Float[Tensor, "b c h w"]
+    """The same without residual tokens."""
+    seconds: float
+    """Time this scale took, residual tokens included."""
+    residual_seconds: float
+
+
+@torch.inference_mode()
+def generate_scales(
+    model: ScaleTransformer,
+    quantizer: Quantizer,
+    condition: TextContext | Int[Tensor, " b"],
+    unconditional: TextContext | Int[Tensor, " b"],
+    settings: SamplingSettings,
+    noise: Noise,
+) -> Iterator[ScaleResult]:
+    """Generate a batch, yielding after every scale.
+
+    `condition` has one row an image, `unconditional` (or a negative prompt) as many. With guidance 0
+    the unconditional branch is not computed.
+    """
+    schedule, batch = model.schedule, len(condition)
+    guided = settings.guidance > 0
+    hold_last = model.config.residual is not None
+    prepared = model.prepare(_stack(condition, unconditional) if guided else condition)
+    cache = model.new_cache(2 * batch if guided else batch)
+    clock = _Clock(quantizer.codebook.device)
+    state: dict[str, Tensor | float] = {}
+
+    def choose(k: int, f_hat_BChw: Tensor) -> Tensor:
+        hidden = model.forward_scale(k, _scale_input(f_hat_BChw, k), prepared, cache)
+        t = guidance_strength(settings.guidance, k, len(schedule), hold_last=hold_last)
+        logits = model.logits(hidden, prepared)
+        logits_BlV = guide(logits[:batch], logits[batch:], t) if guided else logits
+        ids_Bl = sample_ids(logits_BlV, settings, k, noise.uniform(schedule.lengths[k]))
+        vectors_BlC = quantizer.lookup(ids_Bl)
+        codes_BlC = vectors_BlC
+        if settings.smoothing:
+            fraction = guidance_strength(1.0, k, len(schedule), hold_last=hold_last)
+            gumbel = noise.gumbel(schedule.lengths[k], logits_BlV.shape[-1])
+            vectors_BlC = smooth_vectors(logits_BlV, fraction, gumbel, quantizer.codebook)
+        state.update(ids=ids_Bl, logits=logits_BlV, residual_seconds=0.0)
+        state["vectors"] = vectors_BlC
+        if schedule.is_last(k) and settings.residual and hold_last:
+            start = clock.now()
+            residual_BlC = residual_tokens(model, hidden, codes_BlC, t if guided else None, settings, noise)
+            vectors_BlC = vectors_BlC + residual_BlC
+            state["residual_seconds"] = clock.now() - start
+        return vectors_BlC
+
+    def _scale_input(f_hat_BChw: Tensor, k: int) -> Tensor | None:
+        if k == 0:
+            return None
+        input_BlC = map_to_tokens(area_downsample(f_hat_BChw, schedule.grids[k]))
+        return torch.cat([input_BlC, input_BlC]) if guided else input_BlC
+
+    start = quantizer.empty_latent(batch, schedule)
+    before = start
+    started = clock.now()
+    loop = residual_loop(choose, start, schedule, quantizer.phi_function, phi_at_last_scale=not hold_last)
+    for step in loop:
+        discrete = step.f_hat_BChw
+        if schedule.is_last(step.k) and hold_last:
+            discrete = before + tokens_to_map(state["vectors"], schedule.finest)  # type: ignore[arg-type]
+        now = clock.now()
+        yield ScaleResult(
+            k=step.k,
+            num_scales=len(schedule),
+            grid=schedule.grids[step.k],
+            ids_Bl=state["ids"],  # type: ignore[arg-type]
+            logits_BlV=state["logits"],  # type: ignore[arg-type]
+            f_hat_BChw=step.f_hat_BChw,
+            discrete_f_hat_BChw=discrete,
+            seconds=now - started,
+            residual_seconds=float(state["residual_seconds"]),
+        )
+        before = step.f_hat_BChw
+        started = clock.now()
+
+
+def residual_tokens(
+    model: ScaleTransformer,
+    hidden: Float[Tensor, "r l d"],
+    code_BlC: Float[Tensor, "b l c"],
+    t: float | None,
+    settings: SamplingSettings,
+    noise: Noise,
+) -> Float[Tensor, "b l c"]:
+    """Denoise the residual tokens of the last scale; t is None without an unconditional branch."""
+    config = model.config.residual
+    assert config is not None
+    batch, l, C = code_BlC.shape
+    codes = code_BlC if t is None else torch.cat([code_BlC, code_BlC])
+    z_RlD = model.residual_condition(hidden, codes)
+    if t == 1.0:  # "off", as released: the unconditional rows would be thrown away
+        z_RlD = z_RlD[:batch]
+    tokens_RC = denoise(
+        model.residual_mlp,
+        z_RlD.flatten(0, 1),
+        1.0 if t is None else t,
+        lambda _: noise.normal(l, C),
+        respaced_schedule(settings.diffusion_steps or config.steps),
+        config.target_scale,
+    )
+    return tokens_RC[: batch * l].view(batch, l, C)
+
+
+def _stack(condition: TextContext | Tensor, unconditional: TextContext | Tensor) -> TextContext | Tensor:
+    if isinstance(condition, TextContext):
+        assert isinstance(unconditional, TextContext)
+        return TextContext.cat([condition, unconditional])
+    assert isinstance(unconditional, Tensor)
+    return torch.cat([condition, unconditional])
+
+
+class _Clock:
+    """Wall-clock seconds after pending GPU work has finished."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()

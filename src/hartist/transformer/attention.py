@@ -1,0 +1,57 @@
+"""Self-attention of the transformer: one implementation for training, caching, text and class models."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from hartist.config import TransformerConfig
+from hartist.transformer.cache import KVCache
+from hartist.layers import Linear, steady_linear
+from hartist.transformer.positions import Rope, apply_rope
+
+MAX_LOG_SCALE = math.log(100)
+
+
+class Attention(nn.Module):
+    """q and v have a bias, k has none. Scale ¼/√E, or the l2-norm variant with a learned scale a head."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads, self.head_dim = config.heads, config.head_dim
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = Linear(width, width)
+        self.scale = 1.0 if config.l2_norm else config.attention_scale / math.sqrt(self.head_dim)
+        self.log_scale = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4))) if config.l2_norm else None
+
+    def forward(
+        self,
+        x_BlD: Float[Tensor, "b l d"],
+        rope: Rope | None,
+        *,
+        mask_lt: Bool[Tensor, "l t"] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        keep: bool = True,
+    ) -> Float[Tensor, "b l d"]:
+        """Attend within x and to what `cache` holds; `mask_lt` is true where attention is allowed."""
+        B, l, D = x_BlD.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv_Bl3NE = steady_linear(x_BlD, self.qkv.weight, bias).view(B, l, 3, self.heads, self.head_dim)
+        q_BNlE, k_BNlE, v_BNlE = qkv_Bl3NE.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.log_scale is not None:
+            q_BNlE = F.normalize(q_BNlE, dim=-1) * self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
+            k_BNlE = F.normalize(k_BNlE, dim=-1)
+        if rope is not None:
+            q_BNlE, k_BNlE = apply_rope(q_BNlE, rope), apply_rope(k_BNlE, rope)
+        if cache is not None:
+            k_BNlE, v_BNlE = cache.join(layer, k_BNlE, v_BNlE, keep=keep)
+        y_BNlE = F.scaled_dot_product_attention(q_BNlE, k_BNlE, v_BNlE, attn_mask=mask_lt, scale=self.scale)
+        return self.proj(y_BNlE.transpose(1, 2).reshape(B, l, D))
