@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from hartist import config as configs
 from hartist.errors import UserError
 from hartist.files import atomic_path, read_json, write_json
+
+Module = TypeVar("Module", bound=nn.Module)
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -59,7 +62,10 @@ def read_weights(directory: Path, dtype: torch.dtype | None = None) -> dict[str,
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors atomically."""
     with atomic_path(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # how the library reports a full disk
+            raise UserError(f"cannot write {path}: {error}") from error
 
 
 def check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
@@ -77,6 +83,16 @@ def check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: s
         problems.append(f"{key!r} is {list(tensors[key].shape)}, expected {list(expected[key].shape)}")
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; the weights do not belong to this configuration")
+
+
+def build_empty(build: Callable[[], Module], where: str) -> Module:
+    """A module on the meta device: shapes without storage. UserError naming `where` for impossible sizes."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{where} describes no network that can be built ({reason}); correct its sizes") from error
 
 
 def assign_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

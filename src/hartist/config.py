@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hartist.errors import UserError
+from hartist.errors import UserError, quoted
 from hartist.scales import SIDES_256, ScaleSchedule, Side
 
 T = TypeVar("T")
@@ -133,14 +134,34 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise UserError(f"{where}: unknown field {unknown[0]!r} for {cls.__name__}; is it from a newer Hartist?")
+    kinds = get_type_hints(cls)
     built: dict[str, Any] = {}
     for name, value in values.items():
         if name == "residual" and isinstance(value, dict):
             value = from_dict(ResidualConfig, value, f"{where}.residual")
         elif isinstance(value, list):
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
-        built[name] = value
+        if not _fits(value, kinds[name]):
+            raise UserError(f"{where}: {name} is {quoted(value)}, which {cls.__name__} cannot take; correct it")
+        built[name] = float(value) if kinds[name] is float else value
     try:
         return cls(**built)
-    except TypeError as error:
+    except (UserError, TypeError, ArithmeticError) as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value (lists already tuples) fits the annotation of a config's field."""
+    arguments = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if get_origin(kind) is Literal:
+        return value in arguments
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(items) == len(value) and all(map(_fits, value, items))
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind)

@@ -11,3 +11,9 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+def quoted(value: object) -> str:
+    """`value` as a message shows it: its repr, cut in the middle where that is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:70]} … {text[-20:]}"

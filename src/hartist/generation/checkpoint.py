@@ -16,9 +16,16 @@ from typing import Any
 import torch
 
 from hartist import config as configs
-from hartist.checkpoint import FORMAT_VERSION, assign_weights, read_component_config, read_weights, save_component
+from hartist.checkpoint import (
+    FORMAT_VERSION,
+    assign_weights,
+    build_empty,
+    read_component_config,
+    read_weights,
+    save_component,
+)
 from hartist.config import TransformerConfig, from_dict
-from hartist.errors import UserError
+from hartist.errors import UserError, quoted
 from hartist.files import atomic_directory, write_json
 from hartist.generation.sampling import SamplingSettings
 from hartist.text.encoder import TextEncoder
@@ -46,12 +53,11 @@ def save_transformer(model: ScaleTransformer, directory: Path, dtype: torch.dtyp
     save_component(directory, "transformer", model.config, model.state_dict(), dtype)
 
 
-def load_transformer(directory: Path, dtype: torch.dtype = torch.float32) -> ScaleTransformer:
-    """Raises UserError for a missing, damaged or foreign directory."""
+def load_transformer(directory: Path, dtype: torch.dtype | None = torch.float32) -> ScaleTransformer:
+    """`dtype` None keeps what is stored. Raises UserError for a missing, damaged or foreign directory."""
     values = read_component_config(directory, "transformer")
     config = from_dict(TransformerConfig, values, str(directory / "config.json"))
-    with torch.device("meta"):
-        model = ScaleTransformer(config)
+    model = build_empty(lambda: ScaleTransformer(config), str(directory / "config.json"))
     assign_weights(model, read_weights(directory, dtype), str(directory))
     return model
 
@@ -81,8 +87,8 @@ def write_model_config(directory: Path, model: LoadedModel) -> None:
     write_json(directory / "config.json", values)
 
 
-def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load what `save_model` wrote. Raises UserError naming what is missing, damaged or foreign."""
+def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> LoadedModel:
+    """Load what `save_model` wrote; `dtype` None keeps what is stored. Raises UserError naming what is missing, damaged or foreign."""
     values = read_component_config(directory, "model")
     tokenizer = load_tokenizer(directory / "tokenizer", dtype)
     transformer = load_transformer(directory / "transformer", dtype)
@@ -90,7 +96,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> LoadedMod
     encoder: TextEncoder | None = None
     text_dir = directory / "text_encoder"
     if transformer.config.condition == "text":
-        encoder = load_text_encoder(text_dir, num_tokens=values.get("text_tokens"))
+        encoder = load_text_encoder(text_dir, num_tokens=_text_tokens(values, transformer, directory))
         if encoder.dim != transformer.config.context_dim:
             raise UserError(
                 f"{text_dir} gives states of width {encoder.dim}, the transformer expects {transformer.config.context_dim}"
@@ -103,6 +109,15 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> LoadedMod
         settings=from_dict(SamplingSettings, values.get("sampling") or {}, f"{directory / 'config.json'}: sampling"),
         text_encoder_dir=text_dir if encoder else None,
     )
+
+
+def _text_tokens(values: dict[str, Any], transformer: ScaleTransformer, directory: Path) -> int:
+    expected = transformer.config.context_tokens
+    tokens = values.get("text_tokens", expected)
+    if tokens != expected:
+        path = directory / "config.json"
+        raise UserError(f"{path}: text_tokens is {quoted(tokens)}, but the transformer takes {expected}; correct it")
+    return expected
 
 
 def _check_fit(tokenizer: HybridTokenizer, transformer: ScaleTransformer, directory: Path) -> None:

@@ -40,7 +40,6 @@ class ScaleResult:
     residual_seconds: float
 
 
-@torch.inference_mode()
 def generate_scales(
     model: ScaleTransformer,
     quantizer: Quantizer,
@@ -54,6 +53,24 @@ def generate_scales(
     `condition` has one row an image, `unconditional` (or a negative prompt) as many. With guidance 0
     the unconditional branch is not computed.
     """
+    scales = _generate(model, quantizer, condition, unconditional, settings, noise)
+    while True:
+        # inference mode while a scale is computed, not while the caller looks at it
+        with torch.inference_mode():
+            result = next(scales, None)
+        if result is None:
+            return
+        yield result
+
+
+def _generate(
+    model: ScaleTransformer,
+    quantizer: Quantizer,
+    condition: TextContext | Int[Tensor, " b"],
+    unconditional: TextContext | Int[Tensor, " b"],
+    settings: SamplingSettings,
+    noise: Noise,
+) -> Iterator[ScaleResult]:
     schedule, batch = model.schedule, len(condition)
     guided = settings.guidance > 0
     hold_last = model.config.residual is not None

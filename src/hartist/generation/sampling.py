@@ -13,6 +13,9 @@ from hartist.errors import UserError
 RELEASED_TOP_K = (600, 300)
 """Before scale 7 (0-based) and from there on."""
 
+CHUNK = 512
+"""Cells sampled at a time."""
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -72,15 +75,22 @@ def sample_ids(
     """Token ids of scale k by inverse CDF of one uniform number a cell, codes in order of likelihood.
 
     In that order rounding of the logits moves only boundaries between unlikely codes, which makes the
-    choice robust; the probabilities are summed in float64.
+    choice robust; the probabilities are summed in float64. Cells go in chunks, so that the last scale
+    at 1024 px (4096 cells of 4096 codes) needs little memory beside its logits.
     """
     if settings.temperature == 0:
         return logits_BlV.argmax(-1)
+    chunks = zip(logits_BlV.split(CHUNK, 1), uniform_Bl.split(CHUNK, 1), strict=True)
+    return torch.cat([_sample_cells(logits, settings, k, uniform) for logits, uniform in chunks], 1)
+
+
+def _sample_cells(logits_BlV: Tensor, settings: SamplingSettings, k: int, uniform_Bl: Tensor) -> Tensor:
     kept = keep_top_p(keep_top_k(logits_BlV / settings.temperature, settings.top_k_at(k)), settings.top_p)
-    descending, order = kept.sort(dim=-1, descending=True, stable=True)
+    # Only what is kept has to be in order; ties with the k-th largest can make it more than k.
+    count = int((kept > -torch.inf).sum(-1).max())
+    descending, order = kept.topk(count, dim=-1, sorted=True)
     cumulative = descending.double().softmax(-1).cumsum(-1)
-    total = cumulative[..., -1:]
-    rank_Bl1 = torch.searchsorted(cumulative, uniform_Bl[..., None].double() * total, right=True)
+    rank_Bl1 = torch.searchsorted(cumulative, uniform_Bl[..., None].double() * cumulative[..., -1:], right=True)
     # a uniform number just below 1 may land on a code that was removed
     last_kept = (descending > -torch.inf).sum(-1, keepdim=True) - 1
     return order.gather(-1, torch.minimum(rank_Bl1, last_kept))[..., 0]

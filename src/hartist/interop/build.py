@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hartist.checkpoint import assign_weights, check_keys
-from hartist.config import TokenizerConfig, TransformerConfig
+from hartist.config import TokenizerConfig
 from hartist.interop.configs import tokenizer_config, transformer_config
 from hartist.interop.keys import (
     TOKENIZER_ANCHOR,
@@ -30,7 +30,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def build_tokenizer(
-    values: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype = torch.float32
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    where: str,
+    dtype: torch.dtype | None = torch.float32,
 ) -> HybridTokenizer:
     """Raises UserError, naming the file's own key, for anything missing, extra or misshapen."""
     unwrapped = unwrap(tensors, TOKENIZER_ANCHOR, where)
@@ -39,7 +42,10 @@ def build_tokenizer(
 
 
 def build_quantizer(
-    values: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype = torch.float32
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    where: str,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Quantizer:
     """The quantizer alone, from a file without autoencoder; strict as `build_tokenizer`."""
     unwrapped = unwrap(tensors, TOKENIZER_ANCHOR, where)
@@ -61,16 +67,20 @@ def build_transformer(
     tensors: Mapping[str, Tensor],
     tokenizer: TokenizerConfig,
     where: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> ScaleTransformer:
     """Raises UserError, naming the file's own key, for anything missing, extra or misshapen."""
     unwrapped = unwrap(tensors, TRANSFORMER_ANCHOR, where)
-    config = transformer_config(values, unwrapped.tensors, tokenizer, where)
+    config = transformer_config(values, unwrapped.buffers | unwrapped.tensors, tokenizer, where)
     return fill(lambda: ScaleTransformer(config), unwrapped, transformer_rules(config), where, dtype)
 
 
 def fill(
-    build: Callable[[], Module], unwrapped: Unwrapped, rules: tuple[Rule, ...], where: str, dtype: torch.dtype
+    build: Callable[[], Module],
+    unwrapped: Unwrapped,
+    rules: tuple[Rule, ...],
+    where: str,
+    dtype: torch.dtype | None,
 ) -> Module:
     """Build on the meta device and assign the tensors, in eval mode: memory holds the weights once."""
     with torch.device("meta"):
@@ -80,18 +90,13 @@ def fill(
         unwrapped.prefix + name.key: ours[key].reshape(name.released_shape(ours[key].shape))
         for key, name in released_names(ours, rules).items()
     }
-    present = {unwrapped.prefix + key: tensor for key, tensor in unwrapped.tensors.items()}
+    present = {unwrapped.file_keys[key]: tensor for key, tensor in unwrapped.tensors.items()}
     check_keys(expected, present, where)
     renamed = to_ours(unwrapped.tensors, ours, rules)
     assign_weights(module, {key: convert(tensor, dtype) for key, tensor in renamed.items()}, where)
     return module
 
 
-def convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def transformer_state(config: TransformerConfig) -> dict[str, Tensor]:
-    """Names and shapes (meta tensors) of a transformer's parameters."""
-    with torch.device("meta"):
-        return ScaleTransformer(config).state_dict()
+def convert(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`dtype` None keeps what is stored."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -9,14 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import Tensor
 
 from hartist.config import TokenizerConfig, TransformerConfig
 from hartist.errors import UserError
-
-V = TypeVar("V")
 
 IGNORED_BUFFERS = frozenset({"attn_bias_for_masking", "lvl_1L", "zero_k_bias", "ema_vocab_hit_SV"})
 """Buffers of the authors' classes that hold nothing learned; told by the last part of the name."""
@@ -73,7 +70,9 @@ _TRANSFORMER = (
     Rule(r"residual_mlp\.condition_embed\.(.+)", r"diffloss.net.cond_embed.\1"),
     Rule(r"residual_mlp\.blocks\.(\d+)\.norm\.(.+)", r"diffloss.net.res_blocks.\1.in_ln.\2"),
     Rule(r"residual_mlp\.blocks\.(\d+)\.mlp\.(.+)", r"diffloss.net.res_blocks.\1.mlp.\2"),
-    Rule(r"residual_mlp\.blocks\.(\d+)\.modulation\.(.+)", r"diffloss.net.res_blocks.\1.adaLN_modulation.1.\2"),
+    Rule(
+        r"residual_mlp\.blocks\.(\d+)\.modulation\.(.+)", r"diffloss.net.res_blocks.\1.adaLN_modulation.1.\2"
+    ),
     Rule(r"residual_mlp\.final\.linear\.(.+)", r"diffloss.net.final_layer.linear.\1"),
     Rule(r"residual_mlp\.final\.modulation\.(.+)", r"diffloss.net.final_layer.adaLN_modulation.1.\1"),
     Rule(r"residual_mlp\.(.+)", r"diffloss.net.\1"),
@@ -124,9 +123,7 @@ def to_released(tensors: Mapping[str, Tensor], rules: tuple[Rule, ...]) -> dict[
     }
 
 
-def to_ours(
-    tensors: Mapping[str, Tensor], ours: Iterable[str], rules: tuple[Rule, ...]
-) -> dict[str, Tensor]:
+def to_ours(tensors: Mapping[str, Tensor], ours: Iterable[str], rules: tuple[Rule, ...]) -> dict[str, Tensor]:
     """Released tensors under our names `ours`, all of which must be there; views, nothing is copied."""
     renamed = {}
     for name, released in released_names(ours, rules).items():
@@ -141,14 +138,17 @@ def is_ignored(key: str) -> bool:
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """Released tensors by their plain names, and the prefix they had in the file."""
+    """Released tensors by their plain names, and what the file called them."""
 
     tensors: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    """What holds nothing learned."""
     prefix: str
+    file_keys: dict[str, str]
 
 
-def unwrap(tensors: Mapping[str, V], anchor: str, where: str) -> Unwrapped:
-    """Take off the prefix in front of `anchor` (`vae.`, `module.`, …); drop buffers and the discriminator.
+def unwrap(tensors: Mapping[str, Tensor], anchor: str, where: str) -> Unwrapped:
+    """Take off the prefix in front of `anchor` (`vae.`, `module.`, …); set buffers and discriminator apart.
 
     Keys outside the prefix are kept as they are, so that they are reported as unexpected; the
     discriminator beside a released tokenizer (`disc.`) is left out. Raises UserError if the anchor is
@@ -158,12 +158,18 @@ def unwrap(tensors: Mapping[str, V], anchor: str, where: str) -> Unwrapped:
     if not found:
         raise UserError(f"{where}: missing key {anchor!r}; the file does not hold this kind of network")
     prefix = found[0].removesuffix(anchor)
-    plain: dict[str, V] = {}
+    plain: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    file_keys: dict[str, str] = {}
     for key, tensor in tensors.items():
-        if is_ignored(key) or (anchor == TOKENIZER_ANCHOR and key.removeprefix("module.").startswith("disc.")):
-            continue
         name = key.removeprefix(prefix)
+        if is_ignored(key):
+            buffers[name] = tensor
+            continue
+        if anchor == TOKENIZER_ANCHOR and key.removeprefix("module.").startswith("disc."):
+            continue
         if name.startswith(("decoder2.", "post_quant_conv2.")):
             raise UserError(f"{where}: {key!r} belongs to a second decoder; use a tokenizer with one decoder")
         plain[name] = tensor
-    return Unwrapped(plain, prefix)  # type: ignore[arg-type]
+        file_keys[name] = key
+    return Unwrapped(plain, buffers, prefix, file_keys)

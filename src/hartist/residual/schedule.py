@@ -1,8 +1,9 @@
-"""The noise schedule of residual diffusion (paper section 3.3): cosine, respaced for generation. Pure functions."""
+"""The noise schedule of residual diffusion (paper section 3.3): cosine, respaced for generation."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -65,12 +66,15 @@ def training_schedule() -> NoiseSchedule:
 def respaced_schedule(steps: int) -> NoiseSchedule:
     """`steps` evenly spaced steps of the thousand: round(999·i/(n−1)), with β = 1 − ᾱ_i/ᾱ_{i−1}.
 
-    One step starts from the noisiest, 999. Raises ValueError outside 1..1000.
+    The positions are summed up stride by stride, as released: for some n (21, 23, 27, …) the rounding
+    of the sum decides which way a half goes. One step starts from the noisiest, 999.
+    Raises ValueError outside 1..1000.
     """
     if not 1 <= steps <= TRAINING_STEPS:
         raise ValueError(f"{steps} diffusion steps; between 1 and {TRAINING_STEPS} are possible")
     last = TRAINING_STEPS - 1
-    timesteps = [last] if steps == 1 else [round(last * i / (steps - 1)) for i in range(steps)]
+    strides = itertools.repeat(last / (steps - 1), steps - 1) if steps > 1 else ()
+    timesteps = [last] if steps == 1 else [round(x) for x in itertools.accumulate(strides, initial=0.0)]
     alphas_bar = training_schedule().alphas_bar[timesteps]
     return NoiseSchedule(tuple(timesteps), 1 - alphas_bar / np.append(1.0, alphas_bar[:-1]))
 

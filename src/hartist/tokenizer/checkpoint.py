@@ -6,7 +6,13 @@ from pathlib import Path
 
 import torch
 
-from hartist.checkpoint import assign_weights, read_component_config, read_weights, save_component
+from hartist.checkpoint import (
+    assign_weights,
+    build_empty,
+    read_component_config,
+    read_weights,
+    save_component,
+)
 from hartist.config import TokenizerConfig, from_dict
 from hartist.tokenizer.hybrid import HybridTokenizer
 
@@ -16,11 +22,10 @@ def save_tokenizer(tokenizer: HybridTokenizer, directory: Path, dtype: torch.dty
     save_component(directory, "tokenizer", tokenizer.config, tokenizer.state_dict(), dtype)
 
 
-def load_tokenizer(directory: Path, dtype: torch.dtype = torch.float32) -> HybridTokenizer:
-    """Raises UserError for a missing, damaged or foreign directory."""
+def load_tokenizer(directory: Path, dtype: torch.dtype | None = torch.float32) -> HybridTokenizer:
+    """`dtype` None keeps what is stored. Raises UserError for a missing, damaged or foreign directory."""
     values = read_component_config(directory, "tokenizer")
     config = from_dict(TokenizerConfig, values, str(directory / "config.json"))
-    with torch.device("meta"):
-        tokenizer = HybridTokenizer(config)
+    tokenizer = build_empty(lambda: HybridTokenizer(config), str(directory / "config.json"))
     assign_weights(tokenizer, read_weights(directory, dtype), str(directory))
     return tokenizer

@@ -112,6 +112,8 @@ class Quantizer(nn.Module):
         phi_at_last_scale: bool = True,
     ) -> Iterator[ScaleStep]:
         """The loop over known ids, scale by scale; may stop early if fewer scales are given."""
+        if not ids:
+            return
         schedule = schedule or self.schedule
         start = self.empty_latent(ids[0].shape[0], schedule)
         loop = residual_loop(

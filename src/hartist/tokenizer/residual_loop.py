@@ -31,8 +31,18 @@ class Phi:
         if not self.weights:
             return x_BChw
         i = phi_index(k, len(schedule), self.count)
-        conv_BChw = F.conv2d(x_BChw, self.weights[i].float(), self.biases[i].float(), padding=1)
+        conv_BChw = _steady_conv(x_BChw, self.weights[i].float(), self.biases[i].float())
         return (1 - self.ratio) * x_BChw + self.ratio * conv_BChw
+
+
+def _steady_conv(x_BChw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3×3 convolution whose result for an image does not depend on the batch it is in.
+
+    For a single image CPU kernels may choose another order of summation, so it is given twice.
+    """
+    if len(x_BChw) > 1 or x_BChw.device.type != "cpu" or torch.is_grad_enabled():
+        return F.conv2d(x_BChw, weight, bias, padding=1)
+    return F.conv2d(torch.cat([x_BChw, x_BChw]), weight, bias, padding=1)[:1]
 
 
 def phi_index(k: int, num_scales: int, num_phi: int) -> int:

@@ -25,7 +25,7 @@ from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.tokenizer.quantizer import Quantizer
 from hartist.training.config import GeneratorLossConfig, RunConfig
 from hartist.training.loop import Part, StepLoss, batch_indices
-from hartist.training.pictures import save_grid, to_uint8
+from hartist.pixels import save_grid, to_uint8
 from hartist.training.subsampling import drop_ratio, kept_count, kept_positions
 from hartist.training.token_cache import TokenCache
 from hartist.transformer.model import ScaleTransformer

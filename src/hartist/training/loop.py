@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Part:
     """None skips the part in this step (a discriminator that has not started)."""
 
 
+@runtime_checkable
 class Stage(Protocol):
     """What the loop needs of a training stage."""
 
@@ -176,15 +177,18 @@ def train(stage: Stage, config: RunConfig, run_dir: Path, *, progress: bool = Tr
                 log.write(json.dumps({k: float(f"{v:.6g}") for k, v in row.items()}) + "\n")
                 log.flush()
                 bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k in ("loss", "images_per_second")})
+            now = time.monotonic()  # time spent on pictures and checkpoints doesn't count as training
             if step % config.picture_every == 0 or step == config.steps:
                 figures: dict[str, float] = {}
                 _with_average(trained, lambda: figures.update(stage.pictures(run_dir / "pictures", step)))
                 log.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in figures.items()}}) + "\n")
                 log.flush()
-                clock = time.monotonic()
-            if time.monotonic() - saved_at > config.checkpoint_seconds and step < config.steps:
+                clock += time.monotonic() - now
+            now = time.monotonic()
+            if now - saved_at > config.checkpoint_seconds and step < config.steps:
                 save(step)
-                saved_at = clock = time.monotonic()
+                saved_at = time.monotonic()
+                clock += saved_at - now
         if step > start:
             save(step)
     return step

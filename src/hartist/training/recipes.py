@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hartist.config import ResidualConfig, TokenizerConfig, TransformerConfig
+from hartist.generation.sampling import SamplingSettings
 from hartist.training.config import GeneratorLossConfig, OptimizerConfig, RunConfig, TokenizerLossConfig
 
 EMOJI_SIDES = (1, 2, 3, 4, 6, 9, 16)
@@ -20,9 +21,13 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class GeneratorRecipe:
+    name: str
+    image_size: int
     transformer: TransformerConfig
     losses: GeneratorLossConfig
     run: RunConfig
+    sampling: SamplingSettings
+    """Sampling settings that the model is shipped with."""
 
 
 def emoji_tokenizer(steps: int = 3600) -> TokenizerRecipe:
@@ -37,11 +42,49 @@ def emoji_tokenizer(steps: int = 3600) -> TokenizerRecipe:
             stem=4,
             sides=EMOJI_SIDES,
         ),
-        losses=TokenizerLossConfig(perceptual=0.1, perceptual_crop=48, perceptual_share=0.5, continuous_steps=400, revive_every=50),
+        losses=TokenizerLossConfig(
+            perceptual=0.1,
+            perceptual_crop=48,
+            perceptual_share=0.5,
+            continuous_steps=400,
+            revive_every=50,
+        ),
         run=RunConfig(
             steps=steps,
             batch_size=16,
             optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=100, ema_decay=0.998),
             picture_every=500,
         ),
+    )
+
+
+def emoji_generator(steps: int = 3200) -> GeneratorRecipe:
+    """A 16 M transformer with axial RoPE over MiniLM states: the bundled model, for two CPU cores."""
+    return GeneratorRecipe(
+        name="emoji",
+        image_size=128,
+        transformer=TransformerConfig(
+            sides=EMOJI_SIDES,
+            vocab_size=1024,
+            latent_channels=16,
+            context_tokens=24,
+            context_dim=384,
+            width=384,
+            depth=8,
+            heads=6,
+            modulation="table",
+            rope="axial",
+            step_embedding="table",
+            context_norm_scale=1.0,
+            attention_scale=1.0,
+            residual=ResidualConfig(width=256, depth=3, steps=8),
+        ),
+        losses=GeneratorLossConfig(diffusion_repeats=2),
+        run=RunConfig(
+            steps=steps,
+            batch_size=32,
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=150, ema_decay=0.999),
+            picture_every=400,
+        ),
+        sampling=SamplingSettings(guidance=3.0, top_k=100),
     )

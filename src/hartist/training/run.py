@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import torch
+
+from hartist.errors import UserError
+from hartist.generation.checkpoint import LoadedModel
+from hartist.text.loading import load_text_encoder
+from hartist.text.minilm import save_minilm, wheel_package_directory
+from hartist.tokenizer.checkpoint import load_tokenizer
+from hartist.training.generator_stage import GeneratorStage, residual_scale
 from hartist.training.images import load_images
 from hartist.training.loop import train
-from hartist.training.recipes import TokenizerRecipe
+from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe
+from hartist.training.token_cache import build_token_cache, cache_key
 from hartist.training.tokenizer_stage import TokenizerStage
+from hartist.transformer.model import ScaleTransformer
 
 
 def train_tokenizer(data: Path, out: Path, recipe: TokenizerRecipe, *, progress: bool = True) -> int:
@@ -18,3 +29,66 @@ def train_tokenizer(data: Path, out: Path, recipe: TokenizerRecipe, *, progress:
         recipe.tokenizer, recipe.losses, recipe.run, train_set.pixels, validation.pixels, train_set.fingerprint
     )
     return train(stage, recipe.run, out, progress=progress)
+
+
+def train_generator(
+    data: Path,
+    tokenizer_dir: Path,
+    out: Path,
+    recipe: GeneratorRecipe,
+    *,
+    text_encoder_dir: Path | None = None,
+    progress: bool = True,
+) -> int:
+    """Train a text-conditional generator; returns the number of finished steps. The result is in out/model.
+
+    Without `text_encoder_dir` a compact copy of MiniLM is made from its installed package. Tokens and
+    text states are computed once, into out/cache.
+    """
+    tokenizer = load_tokenizer(tokenizer_dir)
+    text_encoder_dir = text_encoder_dir or _compact_minilm(out / "text_encoder")
+    encoder = load_text_encoder(text_encoder_dir, num_tokens=recipe.transformer.context_tokens)
+    _check_recipe(recipe, tokenizer.config.sides)
+
+    caches = {}
+    for split in ("train", "validation"):
+        images = load_images(data, split, recipe.image_size, progress=progress)
+        caches[split] = (
+            build_token_cache(out / "cache" / f"{split}.safetensors", images, tokenizer, encoder, progress=progress),
+            cache_key(images, tokenizer, encoder),
+            images.items,
+        )
+    cache, key, items = caches["train"]
+    config = dataclasses.replace(
+        recipe.transformer,
+        vocab_size=tokenizer.config.vocab_size,
+        latent_channels=tokenizer.config.latent_channels,
+        context_dim=encoder.dim,
+    )
+    if config.residual is not None:
+        # The spread of the residual tokens is the tokenizer's; diffusion wants it within ±1.
+        scale = residual_scale(cache, tokenizer.quantizer)
+        config = dataclasses.replace(config, residual=dataclasses.replace(config.residual, target_scale=scale))
+    torch.manual_seed(recipe.run.seed)
+    transformer = ScaleTransformer(config)
+    transformer.initialise()
+    model = LoadedModel(
+        tokenizer, transformer, encoder, recipe.name, settings=recipe.sampling, text_encoder_dir=text_encoder_dir
+    )
+    held_out = caches["validation"][2]
+    prompts = [item.text for item in items[:: max(1, len(items) // 24)][:24]]
+    prompts += [item.text for item in held_out[:: max(1, len(held_out) // 8)][:8]]
+    stage = GeneratorStage(config, recipe.losses, recipe.run, cache, caches["validation"][0], model, key, prompts)
+    return train(stage, recipe.run, out, progress=progress)
+
+
+def _compact_minilm(directory: Path) -> Path:
+    if not (directory / "config.json").exists():
+        save_minilm(wheel_package_directory(), directory, torch.int8)
+    return directory
+
+
+def _check_recipe(recipe: GeneratorRecipe, sides: tuple[object, ...]) -> None:
+    if tuple(recipe.transformer.sides) != tuple(sides):
+        raise UserError(f"the tokenizer was trained for the scales {list(sides)}, the recipe has {list(recipe.transformer.sides)}")
+

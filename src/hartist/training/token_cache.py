@@ -16,7 +16,7 @@ from hartist.checkpoint import write_safetensors
 from hartist.text.encoder import TextContext, TextEncoder, context_from_states
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.images import ImageSet
-from hartist.training.pictures import from_uint8
+from hartist.pixels import from_uint8
 
 
 @dataclass(frozen=True)

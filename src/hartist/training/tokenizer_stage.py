@@ -21,7 +21,7 @@ from hartist.training.config import RunConfig, TokenizerLossConfig
 from hartist.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from hartist.training.loop import Part, StepLoss, batch_indices, step_seed
 from hartist.training.perceptual import PerceptualLoss, find_weights, random_crops
-from hartist.training.pictures import from_uint8, save_grid, to_uint8
+from hartist.pixels import from_uint8, save_grid, to_uint8
 
 
 class TokenizerStage:

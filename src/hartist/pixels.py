@@ -1,4 +1,4 @@
-"""Pictures of a training run: grids of images as PNG."""
+"""Pixels and tensors: 8-bit conversion and grids of pictures."""
 
 from __future__ import annotations
 

@@ -1,0 +1,25 @@
+# The two commands of the README; each does all its own set-up.
+.PHONY: demo test lint format clean
+
+demo:
+	@scripts/setup.sh
+	@.venv/bin/hartist generate "red apple, 3d" "smiling cat with heart-eyes, flat" "birthday cake, noto" \
+		"sailboat, 3d" -n 2 --seed 7 -o out/demo --save-scales
+	@echo "Look at out/demo/contact_sheet.png"
+
+test: lint
+	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+lint:
+	@scripts/setup.sh test,train
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format:
+	@scripts/setup.sh test,train
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv out build dist src/*.egg-info

@@ -1,0 +1,331 @@
+"""The pipeline: encode the prompt, then scale by scale predict, sample and denoise, then decode."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from hartist.errors import UserError, quoted
+from hartist.generation.checkpoint import LoadedModel, save_model
+from hartist.generation.loading import find_model, load_any
+from hartist.generation.loop import ScaleResult, generate_scales
+from hartist.generation.noise import ImageNoise
+from hartist.generation.sampling import SamplingSettings
+from hartist.pixels import to_uint8
+from hartist.text.encoder import CachedTextEncoder, TextContext, unconditional_context
+from hartist.tokenizer.hybrid import HybridTokenizer
+
+MAX_PROMPT_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to make: a prompt or class label, and its seed."""
+
+    prompt: str | int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One finished image and what it takes to make it again."""
+
+    image: Image.Image
+    prompt: str | int
+    negative_prompt: str | None
+    seed: int
+    settings: SamplingSettings
+    model: str
+    scale_images: tuple[Image.Image, ...] = ()
+    """One picture a scale, coarse to fine, if asked for."""
+    truncated_tokens: int = 0
+    """Tokens at the end of the prompt that did not fit into the context."""
+
+
+ScaleCallback = Callable[[ScaleResult], None]
+
+
+class Pipeline:
+    """A model ready to generate. `Pipeline.from_pretrained()` loads the bundled one."""
+
+    def __init__(self, model: LoadedModel, device: torch.device | str = "cpu") -> None:
+        self.model = model
+        self.device = torch.device(device)
+        self.tokenizer = fast_layout(model.tokenizer.to(self.device))
+        self.transformer = model.transformer.to(self.device)
+        self.text_encoder = CachedTextEncoder(model.text_encoder) if model.text_encoder else None
+
+    # ----------------------------------------------------------------- loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        text_model: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        use_ema: bool = True,
+    ) -> Pipeline:
+        """Load a model: a directory, a Hugging Face Hub id, or nothing for the bundled one.
+
+        Understands Hartist's own layout, the released HART layout (`llm/`, `tokenizer/`, and a Qwen2
+        text model in `text_model`), and VAR's transformer `.pth` (with the autoencoder's `.pth` in
+        `tokenizer`). `device` defaults to CUDA, then MPS, then CPU; `dtype` to bfloat16 on CUDA and
+        float32 elsewhere. Raises UserError if the model is unknown, damaged or foreign.
+        """
+        chosen = choose_device(device)
+        loaded = load_any(
+            find_model(model),
+            dtype=choose_dtype(dtype, chosen),
+            text_model=Path(text_model) if text_model else None,
+            tokenizer=Path(tokenizer) if tokenizer else None,
+            use_ema=use_ema,
+        )
+        return cls(loaded, chosen)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write the model in Hartist's layout."""
+        save_model(self.model, Path(directory), dtype)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model to the Hugging Face Hub; returns the commit's address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model")
+            api = HfApi()
+            api.create_repo(repo_id, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model", **options))
+
+    # ----------------------------------------------------------------- properties
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        h, w = self.transformer.schedule.finest
+        return h * self.tokenizer.config.downsampling, w * self.tokenizer.config.downsampling
+
+    @property
+    def is_class_conditional(self) -> bool:
+        return self.transformer.config.condition == "class"
+
+    # ----------------------------------------------------------------- the five verbs
+
+    def encode_prompts(self, prompts: Sequence[str | int]) -> TextContext | Int[Tensor, " b"]:
+        """Context of prompts, or labels of a class-conditional model."""
+        if self.is_class_conditional:
+            return torch.tensor([self._label(prompt) for prompt in prompts], device=self.device)
+        assert self.text_encoder is not None
+        return self.text_encoder.encode([str(prompt) for prompt in prompts]).to(self.device)
+
+    def unconditional(self, condition: TextContext | Tensor, negative_prompt: str | None) -> TextContext | Tensor:
+        """The other branch of guidance: the negative prompt, or no condition at all."""
+        if isinstance(condition, Tensor):
+            return torch.full_like(condition, self.transformer.config.num_classes)
+        if not negative_prompt:
+            return unconditional_context(condition)
+        assert self.text_encoder is not None
+        return self.text_encoder.encode([negative_prompt] * len(condition)).to(self.device)
+
+    def scales(
+        self, requests: Sequence[Request], settings: SamplingSettings, negative_prompt: str | None = None
+    ) -> Iterator[ScaleResult]:
+        """Predict, sample and denoise one batch; yields after every scale."""
+        condition = self.encode_prompts([request.prompt for request in requests])
+        return generate_scales(
+            self.transformer,
+            self.tokenizer.quantizer,
+            condition,
+            self.unconditional(condition, negative_prompt),
+            settings,
+            ImageNoise([request.seed for request in requests], self.device),
+        )
+
+    @torch.inference_mode()
+    def decode(self, f_hat_BChw: Float[Tensor, "b c h w"]) -> list[Image.Image]:
+        """Pictures of a latent, one after the other: memory and pixels don't depend on the batch."""
+        images = []
+        for f_hat_1Chw in f_hat_BChw.split(1):
+            pixels = to_uint8(self.tokenizer.decode_latent(f_hat_1Chw))[0]
+            images.append(Image.fromarray(pixels.cpu().numpy()))
+        return images
+
+    # ----------------------------------------------------------------- the whole
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        settings: SamplingSettings | None = None,
+        negative_prompt: str | None = None,
+        batch_size: int = 4,
+        save_scales: bool = False,
+        callback: ScaleCallback | None = None,
+    ) -> Iterator[Generated]:
+        """Make images in batches, yielding each as its batch is done.
+
+        An image depends on its own request only, not on what is generated beside it.
+        Raises UserError for prompts or settings the model can't serve.
+        """
+        settings = settings or self.model.settings
+        self.check(requests, negative_prompt, batch_size)
+        truncated = self._truncated([request.prompt for request in requests])
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            strips: list[list[Image.Image]] = [[] for _ in batch]
+            result: ScaleResult | None = None
+            for result in self.scales(batch, settings, negative_prompt):
+                if callback is not None:
+                    callback(result)
+                if save_scales:
+                    for strip, image in zip(strips, self.decode(result.f_hat_BChw), strict=True):
+                        strip.append(image)
+            assert result is not None
+            images = [strip[-1] for strip in strips] if save_scales else self.decode(result.f_hat_BChw)
+            for i, (request, image) in enumerate(zip(batch, images, strict=True)):
+                yield Generated(
+                    image,
+                    request.prompt,
+                    negative_prompt,
+                    request.seed,
+                    settings,
+                    self.model.name,
+                    tuple(strips[i]),
+                    truncated[start + i],
+                )
+
+    def __call__(
+        self,
+        prompt: str | int | Sequence[str | int],
+        *,
+        num_images: int = 1,
+        seed: int = 0,
+        negative_prompt: str | None = None,
+        batch_size: int = 4,
+        callback: ScaleCallback | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Images of one or several prompts (class labels for a class-conditional model).
+
+        Image i of every prompt has the seed `seed + i`. Further keywords are the fields of
+        SamplingSettings (guidance, top_k, top_p, temperature, smoothing, residual, diffusion_steps).
+        """
+        prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
+        requests = make_requests(prompts, num_images, seed)
+        chosen = override(self.model.settings, **settings)
+        generated = self.generate(
+            requests, settings=chosen, negative_prompt=negative_prompt, batch_size=batch_size, callback=callback
+        )
+        return [item.image for item in generated]
+
+    # ----------------------------------------------------------------- checks
+
+    def check(self, requests: Sequence[Request], negative_prompt: str | None, batch_size: int) -> None:
+        """Raise a UserError for what can't be generated, before any work is done."""
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}; it must be at least 1")
+        for request in requests:
+            if self.is_class_conditional:
+                self._label(request.prompt)
+            else:
+                check_prompt(request.prompt)
+        if negative_prompt and self.is_class_conditional:
+            raise UserError("a class-conditional model takes no negative prompt; leave it out")
+        if negative_prompt:
+            check_text(negative_prompt, "the negative prompt")
+
+    def _label(self, prompt: str | int) -> int:
+        classes = self.transformer.config.num_classes
+        try:
+            label = int(prompt)
+        except ValueError:
+            label = -1
+        if not 0 <= label < classes:
+            raise UserError(f"{quoted(prompt)} is not a class of this model; give a number from 0 to {classes - 1}")
+        return label
+
+    def _truncated(self, prompts: Sequence[str | int]) -> list[int]:
+        if self.model.text_encoder is None:
+            return [0] * len(prompts)
+        return self.model.text_encoder.count_truncated_tokens([str(prompt) for prompt in prompts])
+
+
+def check_prompt(prompt: str | int) -> None:
+    """Raise a UserError for an empty or absurdly long prompt."""
+    text = str(prompt)
+    if not text.strip():
+        raise UserError("the prompt is empty; describe the picture you want")
+    check_text(text, "the prompt")
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise a UserError for what no text encoder can be given."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise UserError(f"{what} has {len(text)} characters; {MAX_PROMPT_CHARACTERS} is the limit, so shorten it")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{what} {quoted(text)} holds bytes that are no UTF-8 text; write them anew")
+
+
+def make_requests(prompts: Sequence[str | int], num_images: int, seed: int) -> list[Request]:
+    """Image i of every prompt has seed + i. Raises UserError for less than one image."""
+    if num_images < 1:
+        raise UserError(f"{num_images} images; ask for at least 1")
+    if not prompts:
+        raise UserError("no prompt given; describe the picture you want")
+    return [Request(prompt, seed + i) for prompt in prompts for i in range(num_images)]
+
+
+def override(settings: SamplingSettings, **changes: Any) -> SamplingSettings:
+    """Settings with some fields changed; an unknown name is a UserError."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    for name in changes:
+        if name not in names:
+            raise UserError(f"unknown setting {name!r}; there are {', '.join(names)}")
+    return dataclasses.replace(settings, **changes)
+
+
+def fast_layout(tokenizer: HybridTokenizer) -> HybridTokenizer:
+    """Convolution weights with channels last, the layout CPU and GPU kernels are fastest in."""
+    return tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device asked for, or the best one there is. Raises UserError if it isn't there."""
+    if device is None or device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen).tolist()  # the meta device has no values to give
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise UserError(f"device {quoted(device)} is not available here ({reason}); try cpu") from error
+    return chosen
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for by name or value; bfloat16 on CUDA and float32 elsewhere by default."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None or dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {quoted(dtype)} is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]

@@ -1,0 +1,12 @@
+"""Shared by all tests: shapes are checked at every call, and runs are small enough for one thread."""
+
+from __future__ import annotations
+
+from jaxtyping import install_import_hook
+
+# Before anything imports hartist: only modules imported afterwards are checked.
+install_import_hook("hartist", "beartype.beartype")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)

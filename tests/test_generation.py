@@ -1,0 +1,245 @@
+"""The loop over scales: what it yields, what it depends on, and that training sees what generation sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import RECTANGLES, SIDES, VAR, normal, random_context, random_quantizer, random_transformer
+from torch import Tensor
+
+from hartist.config import ResidualConfig
+from hartist.generation.guidance import guidance_strength, guide
+from hartist.generation.loop import ScaleResult, generate_scales, residual_tokens
+from hartist.generation.noise import ImageNoise
+from hartist.generation.sampling import SamplingSettings
+from hartist.text.encoder import TextContext, unconditional_context
+from hartist.tokenizer.residual_loop import tokens_to_map
+from hartist.transformer.model import ScaleTransformer
+
+MODELS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "text, axial, rectangles": {"rope": "axial", "sides": RECTANGLES},
+    "text without residual tokens": {"residual": None, "modulation": "none"},
+    "var": VAR,
+    "class with residual tokens": VAR | {"residual": ResidualConfig(width=32, depth=1, steps=4), "sides": (2, 3, 4)},
+    "one scale": VAR | {"sides": (4,)},
+}
+SETTINGS = SamplingSettings(guidance=3.0, top_k=0)
+
+
+def conditions(model: ScaleTransformer, rows: int) -> tuple[Any, Any]:
+    if model.config.condition == "text":
+        context = random_context(rows)
+        return context, unconditional_context(context)
+    return torch.arange(rows) % 7, torch.full((rows,), 7)
+
+
+def generate(
+    model: ScaleTransformer,
+    settings: SamplingSettings = SETTINGS,
+    seeds: tuple[int, ...] = (0, 1),
+    condition: TextContext | Tensor | None = None,
+    unconditional: TextContext | Tensor | None = None,
+) -> list[ScaleResult]:
+    quantizer = random_quantizer(sides=model.config.sides)
+    own = conditions(model, len(seeds))
+    return list(
+        generate_scales(
+            model,
+            quantizer,
+            own[0] if condition is None else condition,
+            own[1] if unconditional is None else unconditional,
+            settings,
+            ImageNoise(seeds),
+        )
+    )
+
+
+def select(condition: TextContext | Tensor, i: int) -> TextContext | Tensor:
+    return condition.select([i]) if isinstance(condition, TextContext) else condition[i : i + 1]
+
+
+# --------------------------------------------------------------------- what is yielded
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_scale_is_yielded_in_order_and_adds_its_codes(name: str) -> None:
+    model = random_transformer(**MODELS[name])
+    results = generate(model)
+    schedule = model.schedule
+    assert [r.k for r in results] == list(range(len(schedule)))
+    assert [r.grid for r in results] == list(schedule.grids)
+    assert [r.ids_Bl.shape for r in results] == [(2, length) for length in schedule.lengths]
+    assert all(r.logits_BlV.shape == (*r.ids_Bl.shape, 32) for r in results)
+    assert {r.num_scales for r in results} == {len(schedule)}
+    assert all(r.seconds >= r.residual_seconds >= 0 for r in results)
+
+    quantizer = random_quantizer(sides=model.config.sides)
+    hybrid = model.config.residual is not None
+    steps = quantizer.steps_from_ids([r.ids_Bl for r in results], phi_at_last_scale=not hybrid)
+    for result, step in zip(results, steps, strict=True):
+        torch.testing.assert_close(result.discrete_f_hat_BChw, step.f_hat_BChw, rtol=1e-5, atol=1e-5)
+        if not (hybrid and schedule.is_last(result.k)):
+            assert torch.equal(result.f_hat_BChw, result.discrete_f_hat_BChw)
+
+
+def test_the_loop_can_be_left_early_and_works_scale_by_scale() -> None:
+    model = random_transformer()
+    condition, unconditional = conditions(model, 1)
+    loop = generate_scales(model, random_quantizer(), condition, unconditional, SETTINGS, ImageNoise([0]))
+    assert next(loop).k == 0
+    assert next(loop).k == 1
+    loop.close()
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("name", ["text", "class with residual tokens"])
+def test_residual_tokens_are_all_that_tells_hybrid_from_discrete(name: str) -> None:
+    model = random_transformer(**MODELS[name])
+    hybrid = generate(model)
+    discrete = generate(model, SamplingSettings(guidance=3.0, top_k=0, residual=False))
+    for a, b in zip(hybrid, discrete, strict=True):
+        assert torch.equal(a.ids_Bl, b.ids_Bl)
+        assert torch.equal(a.discrete_f_hat_BChw, b.discrete_f_hat_BChw)
+        assert torch.equal(b.f_hat_BChw, b.discrete_f_hat_BChw)
+    residual = hybrid[-1].f_hat_BChw - hybrid[-1].discrete_f_hat_BChw
+    assert residual.abs().max() > 0.01
+    assert residual.abs().max() <= 0.6 + 1e-5
+
+
+# --------------------------------------------------------------------- training sees what generation sees
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_teacher_forcing_on_the_generated_ids_gives_the_generations_logits(name: str, guidance: float) -> None:
+    model = random_transformer(**MODELS[name])
+    quantizer = random_quantizer(sides=model.config.sides)
+    results = generate(model, SamplingSettings(guidance=guidance, top_k=0))
+    inputs = quantizer.teacher_forcing_input([r.ids_Bl for r in results])
+
+    def logits(condition: TextContext | Tensor) -> tuple[Tensor, ...]:
+        prepared = model.prepare(condition)
+        hidden = model.forward_all(inputs, prepared).hidden_BTD
+        return model.logits(hidden, prepared).split(model.schedule.lengths, 1)
+
+    conditional, unconditional = (logits(condition) for condition in conditions(model, 2))
+    for k, result in enumerate(results):
+        t = guidance_strength(guidance, k, len(results), hold_last=model.config.residual is not None)
+        wanted = guide(conditional[k], unconditional[k], t)
+        torch.testing.assert_close(result.logits_BlV, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_residual_tokens_are_denoised_from_the_teacher_forced_hidden_states() -> None:
+    """Training pairs the kept hidden states with the chosen codes; generation must ask the same of the MLP."""
+    model, quantizer, settings = random_transformer(), random_quantizer(), SamplingSettings(guidance=0.0, top_k=0)
+    results = generate(model, settings)
+    prepared = model.prepare(conditions(model, 2)[0])
+    hidden = model.forward_all(quantizer.teacher_forcing_input([r.ids_Bl for r in results]), prepared).last_scale_BmD
+    noise = ImageNoise((0, 1))
+    for length in model.schedule.lengths:  # the ids were drawn before
+        noise.uniform(length)
+    with torch.inference_mode():
+        residual = residual_tokens(model, hidden, quantizer.lookup(results[-1].ids_Bl), None, settings, noise)
+    wanted = results[-1].f_hat_BChw - results[-1].discrete_f_hat_BChw
+    torch.testing.assert_close(tokens_to_map(residual, (4, 4)), wanted, rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------- what an image depends on
+
+DRAWS = {
+    "default": SETTINGS,
+    "smoothing": SamplingSettings(guidance=3.0, top_k=0, smoothing=True),
+    "unguided": SamplingSettings(guidance=0.0, top_k=0),
+    "residual guidance off": SamplingSettings(guidance=1.5, top_k=0),  # 1.5 · (K−2)/(K−1) = 1
+    "filtered": SamplingSettings(guidance=3.0, top_k=8, top_p=0.9, temperature=0.7, diffusion_steps=2),
+    "greedy": SamplingSettings(guidance=3.0, temperature=0.0),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("name", ["text", "class with residual tokens", "var"])
+def test_an_image_does_not_depend_on_its_batch(name: str, draw: str) -> None:
+    model, seeds = random_transformer(**MODELS[name]), (5, 6, 7)
+    condition, unconditional = conditions(model, 3)
+    together = generate(model, DRAWS[draw], seeds)
+    for i, seed in enumerate(seeds):
+        alone = generate(model, DRAWS[draw], (seed,), select(condition, i), select(unconditional, i))
+        for a, b in zip(alone, together, strict=True):
+            assert a.ids_Bl[0].tolist() == b.ids_Bl[i].tolist()
+            torch.testing.assert_close(a.f_hat_BChw[0], b.f_hat_BChw[i], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("draw", ["default", "smoothing"])
+def test_the_seed_fixes_the_image(draw: str) -> None:
+    model = random_transformer()
+    one, same, other = (generate(model, DRAWS[draw], seeds)[-1] for seeds in ((0, 1), (0, 1), (2, 1)))
+    assert torch.equal(one.f_hat_BChw, same.f_hat_BChw)
+    assert not torch.equal(one.ids_Bl[0], other.ids_Bl[0])
+    torch.testing.assert_close(one.f_hat_BChw[1], other.f_hat_BChw[1], rtol=0, atol=1e-5)
+
+
+def test_the_seed_also_fixes_the_diffusion_noise() -> None:
+    model = random_transformer()
+    one, other = (generate(model, DRAWS["greedy"], (seed,))[-1] for seed in (0, 1))
+    assert torch.equal(one.ids_Bl, other.ids_Bl)
+    assert not torch.allclose(one.f_hat_BChw, other.f_hat_BChw)
+
+
+@pytest.mark.parametrize("name", ["text", "var"])
+def test_without_guidance_the_other_branch_is_not_asked(name: str) -> None:
+    model = random_transformer(**MODELS[name])
+    condition, unconditional = conditions(model, 2)
+    other = random_context(2, seed=9) if isinstance(condition, TextContext) else unconditional - 3
+
+    def last(guidance: float, negative: TextContext | Tensor) -> ScaleResult:
+        return generate(model, SamplingSettings(guidance=guidance, top_k=0), unconditional=negative)[-1]
+
+    assert torch.equal(last(0.0, unconditional).f_hat_BChw, last(0.0, other).f_hat_BChw)
+    assert not torch.equal(last(3.0, unconditional).logits_BlV, last(3.0, other).logits_BlV)
+    torch.testing.assert_close(last(1e-6, unconditional).logits_BlV, last(0.0, other).logits_BlV, rtol=0, atol=1e-3)
+
+
+def test_the_first_scale_is_unguided() -> None:
+    model = random_transformer()
+    one, other = (generate(model, SamplingSettings(guidance=g, top_k=0))[0] for g in (1.0, 9.0))
+    torch.testing.assert_close(one.logits_BlV, other.logits_BlV, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_residual_guidance_of_exactly_one_is_no_guidance() -> None:
+    model = random_transformer()
+    hidden, codes = normal(4, 16, 32), normal(2, 16, 4)
+
+    def tokens(rows: Tensor, t: float | None) -> Tensor:
+        return residual_tokens(model, rows, codes, t, SETTINGS, ImageNoise((0, 1)))
+
+    torch.testing.assert_close(tokens(hidden, 1.0), tokens(hidden[:2], None), rtol=0, atol=1e-6)
+    assert (tokens(hidden, 1.0) - tokens(hidden, 0.99)).abs().max() > 1e-3
+
+
+def test_smoothing_mixes_codes_but_reports_ids() -> None:
+    model = random_transformer()
+    plain, smooth = generate(model), generate(model, DRAWS["smoothing"])
+    assert torch.equal(plain[0].ids_Bl, smooth[0].ids_Bl)  # nothing mixed was seen before
+    assert not torch.allclose(plain[0].f_hat_BChw, smooth[0].f_hat_BChw)
+    quantizer = random_quantizer()
+    codes = quantizer.codebook
+    first = smooth[0].f_hat_BChw[:, :, 0, 0]  # one vector everywhere; φ acts on it, so compare before φ
+    assert first.shape == (2, 4)
+    assert smooth[0].logits_BlV.shape[-1] == len(codes)
+
+
+def test_more_steps_denoise_otherwise() -> None:
+    model = random_transformer()
+    own = generate(model, SamplingSettings(guidance=3.0, top_k=0))[-1]
+    four = generate(model, SamplingSettings(guidance=3.0, top_k=0, diffusion_steps=4))[-1]
+    two = generate(model, SamplingSettings(guidance=3.0, top_k=0, diffusion_steps=2))[-1]
+    assert torch.equal(own.f_hat_BChw, four.f_hat_BChw)
+    assert not torch.allclose(own.f_hat_BChw, two.f_hat_BChw)
+
+
+def test_sides_of_the_model_are_the_quantizers() -> None:
+    assert random_transformer().schedule == random_quantizer(sides=SIDES).schedule
