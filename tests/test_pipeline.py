@@ -1,4 +1,4 @@
-"""The pipeline on tiny random models: an image depends on its request alone, and every setting does its part."""
+"""The pipeline on tiny random models: images depend on their request alone, and every setting counts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import NUM_CLASSES, SETTINGS, SIDES, SIZE, write_tiny_class_model, write_tiny_text_model
 
 from hartist import Pipeline
 from hartist.errors import UserError
 from hartist.generation.loop import ScaleResult
 from hartist.generation.pipeline import MAX_PROMPT_CHARACTERS, Generated, Request, make_requests, override
 from hartist.generation.sampling import SamplingSettings
+from tiny import NUM_CLASSES, SETTINGS, SIDES, SIZE, write_tiny_class_model, write_tiny_text_model
 
 PROMPTS = ["a red apple, 3d", "a sleeping cat on a table, flat", "green"]
 STEADY = settings(max_examples=15, deadline=None)
@@ -195,7 +195,7 @@ def test_top_k_1_is_greedy_and_greedy_ids_need_no_seed(pipe: Pipeline) -> None:
 def test_without_residual_tokens_the_image_is_the_discrete_path(pipe: Pipeline) -> None:
     requests = make_requests(PROMPTS, 1, 4)
     *_, last = pipe.scales(requests, pipe.model.settings)
-    assert torch.equal(last.ids_Bl, make(pipe, requests, residual=False).ids[:, -SIDES[-1] ** 2 :])
+    assert torch.equal(last.ids_Bl, make(pipe, requests, residual=False).ids[:, -(SIDES[-1] ** 2) :])
     discrete = np.stack([np.asarray(image) for image in pipe.decode(last.discrete_f_hat_BChw)]).astype(int)
     without = make(pipe, requests, residual=False)
     assert abs(without.pixels - discrete).max() <= 1
@@ -278,7 +278,9 @@ def test_truncated_tokens_are_counted_per_prompt(pipe: Pipeline) -> None:
 @pytest.mark.parametrize("prompt", ["", "   ", "\n\t", "word " * 10_000, "\udcff cat"])
 def test_prompts_that_cannot_be_drawn_are_refused_before_any_work(pipe: Pipeline, prompt: str) -> None:
     started: list[ScaleResult] = []
-    message = one_line(lambda: list(pipe.generate([Request("a cat", 0), Request(prompt, 0)], callback=started.append)))
+    message = one_line(
+        lambda: list(pipe.generate([Request("a cat", 0), Request(prompt, 0)], callback=started.append))
+    )
     assert "prompt" in message
     assert not started
 
@@ -343,7 +345,8 @@ def test_bfloat16_weights_take_half_the_space_and_still_draw(pipe: Pipeline, tmp
     pipe.save_pretrained(tmp_path / "half", torch.bfloat16)
     pipe.save_pretrained(tmp_path / "full")
     sizes = {
-        name: (tmp_path / name / "transformer" / "model.safetensors").stat().st_size for name in ("half", "full")
+        name: (tmp_path / name / "transformer" / "model.safetensors").stat().st_size
+        for name in ("half", "full")
     }
     assert sizes["half"] < 0.6 * sizes["full"]
     for dtype in ("float32", torch.bfloat16):
@@ -374,7 +377,10 @@ DAMAGE = {
     "no transformer": (lambda d: shutil.rmtree(d / "transformer"), "transformer"),
     "no tokenizer weights": (lambda d: (d / "tokenizer/model.safetensors").unlink(), "does not exist"),
     "no text encoder": (lambda d: shutil.rmtree(d / "text_encoder"), "text_encoder"),
-    "truncated weights": (lambda d: _truncate(d / "transformer/model.safetensors"), "not a complete safetensors"),
+    "truncated weights": (
+        lambda d: _truncate(d / "transformer/model.safetensors"),
+        "not a complete safetensors",
+    ),
     "truncated text encoder": (lambda d: _truncate(d / "text_encoder/model.safetensors"), "cannot be read"),
     "empty weights": (lambda d: (d / "tokenizer/model.safetensors").write_bytes(b""), "safetensors"),
     "weights are text": (lambda d: (d / "tokenizer/model.safetensors").write_text("hi" * 99), "safetensors"),
@@ -409,7 +415,9 @@ def test_damaged_and_foreign_models_are_named(text_directory: Path, tmp_path: Pa
     assert str(copy) in message or case == "unfit sampling value"
 
 
-def test_parts_of_different_models_are_refused(text_directory: Path, class_directory: Path, tmp_path: Path) -> None:
+def test_parts_of_different_models_are_refused(
+    text_directory: Path, class_directory: Path, tmp_path: Path
+) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(text_directory, mixed)
     values = json.loads((mixed / "transformer" / "config.json").read_text())

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import normal, randomise
 from torch import Tensor, nn
 
 from hartist.config import ResidualConfig
@@ -25,6 +24,7 @@ from hartist.residual.loss import (
 )
 from hartist.residual.mlp import ResidualMLP
 from hartist.residual.schedule import NoiseSchedule, constants, respaced_schedule, training_schedule
+from small import normal, randomise
 
 C, D = 4, 8
 
@@ -174,7 +174,11 @@ def test_a_model_without_error_has_no_mse_and_with_the_true_variance_no_kl() -> 
 def test_mse_is_the_mean_over_channels() -> None:
     noise = normal(2, C)
     losses = diffusion_loss(
-        exact_model(noise + torch.tensor([[1.0], [3.0]]), 0.0), noise, torch.tensor([5, 7]), noise, training_schedule()
+        exact_model(noise + torch.tensor([[1.0], [3.0]]), 0.0),
+        noise,
+        torch.tensor([5, 7]),
+        noise,
+        training_schedule(),
     )
     torch.testing.assert_close(losses.mse_N, torch.tensor([1.0, 9.0]))
 
@@ -194,7 +198,11 @@ def test_the_variance_does_not_pull_at_the_mean() -> None:
     noise = normal(4, C)
     eps, v = normal(4, C, seed=1).requires_grad_(), normal(4, C, seed=2).requires_grad_()
     losses = diffusion_loss(
-        lambda x, t: torch.cat([eps, v], -1), normal(4, C, seed=3), torch.tensor([0, 5, 100, 900]), noise, training_schedule()
+        lambda x, t: torch.cat([eps, v], -1),
+        normal(4, C, seed=3),
+        torch.tensor([0, 5, 100, 900]),
+        noise,
+        training_schedule(),
     )
     losses.vb_N.sum().backward()
     assert eps.grad is None or not eps.grad.any()
@@ -204,11 +212,14 @@ def test_the_variance_does_not_pull_at_the_mean() -> None:
 
 @settings(deadline=None)
 @given(*(st.floats(-3, 3) for _ in range(4)))
-def test_kl_is_never_negative_and_zero_only_for_the_same_normal(a: float, b: float, c: float, d: float) -> None:
+def test_kl_is_never_negative_and_zero_only_for_the_same_normal(
+    a: float, b: float, c: float, d: float
+) -> None:
     mean1, log1, mean2, log2 = (torch.tensor(v, dtype=torch.float64) for v in (a, b, c, d))
     kl = float(normal_kl(mean1, log1, mean2, log2))
     reference = torch.distributions.kl_divergence(
-        torch.distributions.Normal(mean1, (log1 / 2).exp()), torch.distributions.Normal(mean2, (log2 / 2).exp())
+        torch.distributions.Normal(mean1, (log1 / 2).exp()),
+        torch.distributions.Normal(mean2, (log2 / 2).exp()),
     )
     assert kl >= -1e-12
     assert kl == pytest.approx(float(reference), abs=1e-9, rel=1e-9)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import normal
 from torch import Tensor
 
 from hartist.config import from_dict, to_dict
@@ -14,6 +13,7 @@ from hartist.errors import UserError
 from hartist.generation.guidance import guidance_strength, guide
 from hartist.generation.noise import ImageNoise
 from hartist.generation.sampling import SamplingSettings, keep_top_k, keep_top_p, sample_ids, smooth_vectors
+from small import normal
 
 ALL = SamplingSettings(top_k=0)
 """The softmax itself."""
@@ -87,7 +87,9 @@ def test_top_p_keeps_at_least_p_and_always_the_likeliest(top_p: float, seed: int
     for row, ids in zip(probabilities[0], kept(filtered), strict=True):
         assert int(row.argmax()) in ids
         assert float(row[ids].sum()) >= top_p - 1e-5
-        assert min(float(row[i]) for i in ids) >= max((float(row[i]) for i in range(12) if i not in ids), default=0)
+        assert min(float(row[i]) for i in ids) >= max(
+            (float(row[i]) for i in range(12) if i not in ids), default=0
+        )
 
 
 def test_the_released_top_k_is_600_and_from_scale_7_on_300() -> None:
@@ -138,7 +140,9 @@ def test_temperature_zero_is_greedy_and_needs_no_luck() -> None:
     st.floats(0.1, 3),
     st.integers(0, 1000),
 )
-def test_a_removed_code_is_never_chosen(top_k: int, top_p: float, uniform: float, temperature: float, seed: int) -> None:
+def test_a_removed_code_is_never_chosen(
+    top_k: int, top_p: float, uniform: float, temperature: float, seed: int
+) -> None:
     logits = 5 * normal(1, 20, 16, seed=seed)
     chosen = SamplingSettings(top_k=top_k, top_p=top_p, temperature=temperature)
     allowed = kept(keep_top_p(keep_top_k(logits / temperature, top_k), top_p))

@@ -1,4 +1,4 @@
-"""The hybrid tokenizer: which φ serves which scale, and what encoding, decoding and training have in common."""
+"""The hybrid tokenizer: which φ serves which scale, and what encoding and training have in common."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import RECTANGLES, SIDES, normal, random_quantizer, random_tokenizer, tokenizer_config
 
 from hartist.errors import UserError
 from hartist.scales import SIDES_256, SIDES_512, SIDES_1024, ScaleSchedule
 from hartist.tokenizer.checkpoint import load_tokenizer, save_tokenizer
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.tokenizer.quantizer import Quantizer
-from hartist.tokenizer.residual_loop import area_downsample, map_to_tokens, nearest_codes, phi_index, tokens_to_map
+from hartist.tokenizer.residual_loop import (
+    area_downsample,
+    map_to_tokens,
+    nearest_codes,
+    phi_index,
+    tokens_to_map,
+)
+from small import RECTANGLES, SIDES, normal, random_quantizer, random_tokenizer, tokenizer_config
 
 PHI_TABLES = {
     (5, 4): "01223",
@@ -122,7 +128,9 @@ def test_nearest_codes_agrees_with_brute_force(seed: int, codes: int) -> None:
 
 def test_the_first_of_equally_near_codes_is_taken() -> None:
     codebook = torch.tensor([[4.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
-    assert nearest_codes(torch.tensor([[[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]]), codebook).tolist() == [[1, 1, 2]]
+    assert nearest_codes(torch.tensor([[[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]]), codebook).tolist() == [
+        [1, 1, 2]
+    ]
 
 
 def test_maps_and_tokens_are_each_others_inverse_in_row_order() -> None:

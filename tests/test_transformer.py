@@ -1,4 +1,4 @@
-"""The transformer: the cached steps and the teacher-forced pass are one function; who sees whom; positions."""
+"""The transformer: cached steps and teacher-forced pass are one function; who sees whom; positions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import DIM, RECTANGLES, TOKENS, VAR, normal, random_context, random_transformer, transformer_config
 from torch import Tensor
 
 from hartist.config import ResidualConfig, TransformerConfig, from_dict, to_dict
@@ -19,6 +18,7 @@ from hartist.text.encoder import TextContext
 from hartist.transformer.cache import KVCache
 from hartist.transformer.model import Condition, ScaleTransformer
 from hartist.transformer.positions import Rope, apply_rope, cell_coordinates, rope_image, rope_text
+from small import DIM, RECTANGLES, TOKENS, VAR, normal, random_context, random_transformer, transformer_config
 
 TEXT: dict[str, dict[str, Any]] = {
     "released": {},
@@ -54,7 +54,9 @@ def inputs_for(model: ScaleTransformer, rows: int = 2, seed: int = 3) -> Tensor:
     return normal(rows, sum(model.schedule.lengths[1:]), 4, seed=seed)
 
 
-def cached_pass(model: ScaleTransformer, condition: Condition, input_BLC: Tensor, cache: KVCache) -> list[Tensor]:
+def cached_pass(
+    model: ScaleTransformer, condition: Condition, input_BLC: Tensor, cache: KVCache
+) -> list[Tensor]:
     """Hidden states scale by scale, as generation computes them."""
     inputs = [None, *input_BLC.split(model.schedule.lengths[1:], 1)]
     with torch.inference_mode():
@@ -75,7 +77,10 @@ def test_cached_steps_are_the_teacher_forced_pass(name: str) -> None:
     torch.testing.assert_close(torch.cat(hidden, 1), full.hidden_BTD, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(hidden[-1], full.last_scale_BmD, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(
-        model.logits(torch.cat(hidden, 1), condition), model.logits(full.hidden_BTD, condition), rtol=1e-5, atol=1e-4
+        model.logits(torch.cat(hidden, 1), condition),
+        model.logits(full.hidden_BTD, condition),
+        rtol=1e-5,
+        atol=1e-4,
     )
     # the capacity is exact: the last scale is joined but not kept
     if len(model.schedule) > 1:
@@ -116,7 +121,9 @@ def test_a_cache_gives_back_what_was_put_in_layer_by_layer() -> None:
 # --------------------------------------------------------------------- subsampling
 
 
-@pytest.mark.parametrize("name", ["released", "axial", "absolute", "rectangles, axial, l2 norm", "var", "rope"])
+@pytest.mark.parametrize(
+    "name", ["released", "axial", "absolute", "rectangles, axial, l2 norm", "var", "rope"]
+)
 def test_all_cells_kept_in_any_order_is_the_full_pass(name: str) -> None:
     model = random_transformer(**VARIANTS[name])
     condition, inputs = model.prepare(condition_for(model)), inputs_for(model)
@@ -236,7 +243,7 @@ def test_each_step_embedding_belongs_to_one_scale(name: str) -> None:
 def test_position_ids_of_the_text_shift_the_image() -> None:
     schedule = ScaleSchedule.from_sides(RECTANGLES)
     coordinates = cell_coordinates(schedule, 2)
-    assert coordinates.tolist() == [[i * 1.5, j * 5 / 3] for i in range(2) for j in range(3)] or torch.allclose(
+    torch.testing.assert_close(
         coordinates, torch.tensor([[i * 1.5, j * 5 / 3] for i in range(2) for j in range(3)])
     )
     for form in ("released", "axial"):

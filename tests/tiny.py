@@ -54,7 +54,9 @@ def write_tiny_text_model(directory: Path, name: str = "tiny-text") -> Path:
 
 def write_tiny_class_model(directory: Path, name: str = "tiny-class") -> Path:
     """A class-conditional model (VAR's blocks plus residual MLP) in Hartist's layout, five classes."""
-    save_model(LoadedModel(tiny_tokenizer(), tiny_transformer(class_config()), None, name, SETTINGS), directory)
+    save_model(
+        LoadedModel(tiny_tokenizer(), tiny_transformer(class_config()), None, name, SETTINGS), directory
+    )
     return directory
 
 

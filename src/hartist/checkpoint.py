@@ -92,7 +92,7 @@ def build_empty(build: Callable[[], Module], where: str) -> Module:
             return build()
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{where} describes no network that can be built ({reason}); correct its sizes") from error
+        raise UserError(f"{where} describes no possible network ({reason}); correct its sizes") from error
 
 
 def assign_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
@@ -110,7 +110,8 @@ def save_component(
     if dtype is not None:
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     write_safetensors(directory / WEIGHTS, tensors, {"format": "pt"})
-    write_json(directory / "config.json", {"format": f"hartist-{kind}", "version": FORMAT_VERSION, **configs.to_dict(config)})
+    header = {"format": f"hartist-{kind}", "version": FORMAT_VERSION}
+    write_json(directory / "config.json", header | configs.to_dict(config))
 
 
 def read_component_config(directory: Path, kind: str) -> dict[str, Any]:

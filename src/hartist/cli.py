@@ -5,17 +5,58 @@ Nothing heavy is imported before a command runs, so that every --help answers at
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from hartist.commands.arguments import build_parser
+from hartist import __version__
+from hartist.commands.flags import Formatter
+from hartist.commands.flags_models import add_check, add_convert, add_generate, add_info, add_reconstruct
+from hartist.commands.flags_training import add_bench, add_data, add_train
 from hartist.errors import UserError
+
+DESCRIPTION = """\
+Text-to-image with hybrid autoregressive transformers (HART): a picture grows over a handful of scales,
+from one token to a full grid, and a small diffusion network adds what no token can say."""
+
+EXAMPLES = """\
+examples:
+  hartist generate "a red apple, 3d"                       one image with the bundled model, in out/
+  hartist generate "a sleeping cat, flat" -n 4 --seed 7    four images with the seeds 7 to 10
+  hartist info                                             what the bundled model consists of
+  hartist reconstruct photo.jpg -o out/                    what the tokenizer keeps of a picture
+  hartist COMMAND --help                                   flags and examples of one command"""
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes that shells give for SIGINT and SIGPIPE."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; `command` in the result names the module that runs it."""
+    parser = argparse.ArgumentParser(
+        "hartist",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hartist {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (
+        add_generate,
+        add_reconstruct,
+        add_info,
+        add_convert,
+        add_check,
+        add_data,
+        add_train,
+        add_bench,
+    ):
+        add(commands)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,9 +90,10 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def one_line(message: str) -> str:
-    """`message` with everything that doesn't print, line breaks first of all, spelled as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)
+def one_line(message: str, limit: int = 600) -> str:
+    """`message` with everything that doesn't print spelled as an escape, and cut in the middle if it is long."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in message)
+    return line if len(line) <= limit else f"{line[: limit - 203]} … {line[-200:]}"
 
 
 def _drop_stdout() -> None:

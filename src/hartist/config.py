@@ -50,7 +50,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class ResidualConfig:
-    """The residual diffusion MLP (paper section 3.3)."""
+    """The residual diffusion MLP (paper section 3.2)."""
 
     width: int = 1024
     depth: int = 6
@@ -142,7 +142,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
         elif isinstance(value, list):
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         if not _fits(value, kinds[name]):
-            raise UserError(f"{where}: {name} is {quoted(value)}, which {cls.__name__} cannot take; correct it")
+            raise UserError(f"{where}: {name} is {quoted(value)}, not what {cls.__name__} takes; correct it")
         built[name] = float(value) if kinds[name] is float else value
     try:
         return cls(**built)

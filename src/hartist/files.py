@@ -82,7 +82,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}; choose a writable place") from error
-    backup = target.with_name(f".{target.name}.old")
+    backup = _backup(target)
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -100,6 +100,26 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        recover_directory(target)
+
+
+def _backup(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def recover_directory(target: Path) -> None:
+    """Undo what a crash in the middle of `atomic_directory` left behind.
+
+    Between its two renames the old directory is only there under its backup name, and comes back from
+    it; after them the backup is in the way.
+    """
+    backup = _backup(Path(target))
+    if not backup.exists():
+        return
+    if Path(target).exists():
+        shutil.rmtree(backup, ignore_errors=True)
+    else:
+        os.replace(backup, target)
 
 
 def read_json(path: Path) -> Any:

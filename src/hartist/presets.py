@@ -1,4 +1,4 @@
-"""The published models as pairs of configurations (paper section 4.1, table 1; VAR)."""
+"""The published models as pairs of configurations (HART table 1; VAR)."""
 
 from __future__ import annotations
 

@@ -20,14 +20,16 @@ SLUG_LENGTH = 40
 ROWS_LIMIT = 32
 
 
-def require_writable(directory: Path) -> None:
-    """Raise a UserError unless files can be written to `directory`, which need not exist. Leaves no trace."""
+def require_writable(target: Path, *, replaced: bool = False) -> None:
+    """Raise a UserError unless files can be written to the folder `target`, which need not exist.
+
+    `replaced` asks instead for what will be renamed onto `target`, a file or folder. Leaves no trace.
+    """
     try:
-        existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-        tempfile.TemporaryFile(dir=existing).close()
+        paths = (target.absolute(), *target.absolute().parents)[replaced:]
+        tempfile.TemporaryFile(dir=next(path for path in paths if path.exists())).close()
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write to {directory} ({reason}); choose a writable folder") from error
+        raise UserError(f"cannot write {target} ({error.strerror or error}); choose a writable place") from error
 
 
 def use_threads(threads: int | None) -> None:
@@ -53,7 +55,7 @@ class ContactSheet:
     """All images of a call on one page, kept as thumbnails only: its memory does not grow with theirs."""
 
     def __init__(self, prompts: int, per_prompt: int, size: tuple[int, int]) -> None:
-        """`size` is (width, height) of every image. A row a prompt, or a near-square of one prompt's images."""
+        """`size` is (width, height) of every image. A row a prompt, or one near-square of all images."""
         count = prompts * per_prompt
         by_prompt = prompts > 1 and per_prompt > 1 and max(prompts, per_prompt) <= ROWS_LIMIT
         self.columns = per_prompt if by_prompt else math.ceil(math.sqrt(count))
@@ -71,9 +73,3 @@ class ContactSheet:
             image = image.resize(self.cell, Image.Resampling.LANCZOS)
         self.image.paste(image, (column * (self.cell[0] + GAP), row * (self.cell[1] + GAP)))
         self._next += 1
-
-
-def strip(images: tuple[Image.Image, ...]) -> Image.Image:
-    """Images of one size side by side."""
-    sheet = ContactSheet.__new__(ContactSheet)
-    raise NotImplementedError(sheet)

@@ -108,9 +108,9 @@ def random_model(
 ) -> tuple[HybridTokenizer, ScaleTransformer]:
     """Both networks with small random weights, built without ever holding a second copy."""
     modules: list[nn.Module] = []
-    for build, config in ((HybridTokenizer, tokenizer_config), (ScaleTransformer, transformer_config)):
-        with torch.device("meta"):
-            module = build(config)  # type: ignore[operator]
+    with torch.device("meta"):
+        built = HybridTokenizer(tokenizer_config), ScaleTransformer(transformer_config)
+    for module in built:
         module = module.to(dtype).to_empty(device=device)
         generator = torch.Generator(device).manual_seed(0)
         for parameter in module.parameters():
@@ -120,7 +120,8 @@ def random_model(
                 nn.init.ones_(parameter)
         modules.append(module.requires_grad_(False).eval())
     tokenizer, transformer = modules
-    assert isinstance(tokenizer, HybridTokenizer) and isinstance(transformer, ScaleTransformer)
+    assert isinstance(tokenizer, HybridTokenizer)
+    assert isinstance(transformer, ScaleTransformer)
     return fast_layout(tokenizer), transformer
 
 
@@ -196,7 +197,7 @@ def format_bench(result: BenchResult) -> str:
     h, w = result.image_size
     lines = [
         f"{s.preset}: {h}×{w} px, batch {s.batch}, {s.dtype}, guidance {s.guidance}, random weights",
-        f"{result.machine['cpu']}, {result.machine['threads']} threads, device {result.machine['device']}, torch {result.machine['torch']}",
+        "{cpu}, {threads} threads, device {device}, torch {torch}".format(**result.machine),
         "",
         f"{'scale':>8} {'tokens':>8} {'seconds':>9}",
     ]

@@ -9,7 +9,7 @@ MODEL/README.md                          the model card
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class LoadedModel:
     transformer: ScaleTransformer
     text_encoder: TextEncoder | None
     name: str
-    settings: SamplingSettings = SamplingSettings()
+    settings: SamplingSettings = field(default_factory=SamplingSettings)
     """The sampling settings the model was tuned with."""
     text_encoder_dir: Path | None = None
 
@@ -88,7 +88,10 @@ def write_model_config(directory: Path, model: LoadedModel) -> None:
 
 
 def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> LoadedModel:
-    """Load what `save_model` wrote; `dtype` None keeps what is stored. Raises UserError naming what is missing, damaged or foreign."""
+    """Load what `save_model` wrote; `dtype` None keeps what is stored.
+
+    Raises UserError naming what is missing, damaged or foreign.
+    """
     values = read_component_config(directory, "model")
     tokenizer = load_tokenizer(directory / "tokenizer", dtype)
     transformer = load_transformer(directory / "transformer", dtype)
@@ -99,14 +102,15 @@ def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> Lo
         encoder = load_text_encoder(text_dir, num_tokens=_text_tokens(values, transformer, directory))
         if encoder.dim != transformer.config.context_dim:
             raise UserError(
-                f"{text_dir} gives states of width {encoder.dim}, the transformer expects {transformer.config.context_dim}"
+                f"{text_dir} gives states of width {encoder.dim}, "
+                f"the transformer expects {transformer.config.context_dim}"
             )
     return LoadedModel(
         tokenizer,
         transformer,
         encoder,
         name=str(values.get("name") or directory.name),
-        settings=from_dict(SamplingSettings, values.get("sampling") or {}, f"{directory / 'config.json'}: sampling"),
+        settings=from_dict(SamplingSettings, values.get("sampling") or {}, f"{directory}/config.json: sampling"),
         text_encoder_dir=text_dir if encoder else None,
     )
 
@@ -115,8 +119,10 @@ def _text_tokens(values: dict[str, Any], transformer: ScaleTransformer, director
     expected = transformer.config.context_tokens
     tokens = values.get("text_tokens", expected)
     if tokens != expected:
-        path = directory / "config.json"
-        raise UserError(f"{path}: text_tokens is {quoted(tokens)}, but the transformer takes {expected}; correct it")
+        raise UserError(
+            f"{directory / 'config.json'}: text_tokens is {quoted(tokens)}, "
+            f"the transformer takes {expected}; correct it"
+        )
     return expected
 
 
@@ -124,4 +130,6 @@ def _check_fit(tokenizer: HybridTokenizer, transformer: ScaleTransformer, direct
     for name in ("vocab_size", "latent_channels"):
         ours, theirs = getattr(tokenizer.config, name), getattr(transformer.config, name)
         if ours != theirs:
-            raise UserError(f"{directory}: the tokenizer has {name} {ours}, the transformer {theirs}; they don't belong together")
+            raise UserError(
+                f"{directory}: the tokenizer has {name} {ours}, the transformer {theirs}; they don't belong together"
+            )

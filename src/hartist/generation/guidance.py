@@ -1,4 +1,4 @@
-"""Classifier-free guidance, growing with the scale (paper section 4.1; VAR)."""
+"""Classifier-free guidance, growing with the scale (as in VAR)."""
 
 from __future__ import annotations
 

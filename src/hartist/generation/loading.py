@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
+from hartist.checkpoint import read_weights
 from hartist.errors import UserError, quoted
 from hartist.files import read_json
 from hartist.generation.checkpoint import LoadedModel, load_model
 from hartist.generation.sampling import SamplingSettings
+from hartist.tokenizer.checkpoint import load_tokenizer
+from hartist.tokenizer.hybrid import HybridTokenizer
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
 BUNDLED_NAME = "emoji"
@@ -34,7 +37,8 @@ def find_model(model: str | os.PathLike[str] | None) -> Path:
     if HUB_ID.fullmatch(str(model)):
         return _download(str(model))
     raise UserError(
-        f"no model {quoted(str(model))}: it is no folder here, not {BUNDLED_NAME!r} (bundled), and no Hub id like owner/name"
+        f"no model {quoted(str(model))}: it is no folder here, not {BUNDLED_NAME!r} (bundled), "
+        "and no Hub id like owner/name"
     )
 
 
@@ -54,7 +58,8 @@ def _download(repo_id: str) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no model {repo_id!r}: no folder of that name, and the Hub did not give it ({reason})") from error
+        message = f"no model {repo_id!r}: no folder of that name, and the Hub did not give it ({reason})"
+        raise UserError(message) from error
 
 
 def load_any(
@@ -75,12 +80,33 @@ def load_any(
     if config.is_file():
         values = read_json(config)
         if isinstance(values, dict) and values.get("format") == "hartist-model":
+            for part, given in (("text model", text_model), ("tokenizer", tokenizer)):
+                if given is not None:
+                    raise UserError(f"{path} has its own {part}; leave {given} out")
             return load_model(path, dtype)
     if (path / "llm").is_dir():
         return _load_release(path, text_model, dtype, use_ema)
     raise UserError(
-        f"{path} is not a model: neither Hartist's layout (config.json), nor the released one (llm/, tokenizer/), nor a VAR .pth"
+        f"{path} is not a model: neither Hartist's layout (config.json), nor the released one (llm/, tokenizer/), "
+        "nor a VAR .pth"
     )
+
+
+def load_tokenizer_of(path: Path, dtype: torch.dtype | None = torch.float32) -> HybridTokenizer:
+    """The tokenizer alone: of a model of any layout, of a tokenizer's own folder, or VAR's autoencoder .pth.
+
+    `dtype` None keeps what is stored. Raises UserError if there is none, or it is damaged.
+    """
+    from hartist.interop.build import build_tokenizer
+    from hartist.interop.pickled import read_pickled
+    from hartist.interop.release import is_release, read_values
+
+    if path.is_file():
+        return build_tokenizer({}, read_pickled(path, ("trainer", "vae_local")), str(path), dtype)
+    if is_release(path):
+        folder = path / "tokenizer"
+        return build_tokenizer(read_values(folder), read_weights(folder), str(folder), dtype)
+    return load_tokenizer(path / "tokenizer" if (path / "tokenizer").is_dir() else path, dtype)
 
 
 def _load_release(path: Path, text_model: Path | None, dtype: torch.dtype | None, use_ema: bool) -> LoadedModel:
@@ -109,7 +135,7 @@ def _load_release(path: Path, text_model: Path | None, dtype: torch.dtype | None
     )
 
 
-def _load_var(path: Path, tokenizer: Path | None, dtype: torch.dtype) -> LoadedModel:
+def _load_var(path: Path, tokenizer: Path | None, dtype: torch.dtype | None) -> LoadedModel:
     from hartist.interop.var import load_var
 
     if tokenizer is None:

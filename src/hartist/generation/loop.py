@@ -1,4 +1,4 @@
-"""The loop over scales: predict, sample, accumulate, coarse to fine; denoise at the last scale (paper figure 4)."""
+"""The loop over scales: predict, sample, accumulate, coarse to fine; denoise at the last scale (paper section 3.2)."""
 
 from __future__ import annotations
 

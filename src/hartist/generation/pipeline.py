@@ -254,7 +254,7 @@ class Pipeline:
         except ValueError:
             label = -1
         if not 0 <= label < classes:
-            raise UserError(f"{quoted(prompt)} is not a class of this model; give a number from 0 to {classes - 1}")
+            raise UserError(f"{quoted(prompt)} is not a class of this model; give one from 0 to {classes - 1}")
         return label
 
     def _truncated(self, prompts: Sequence[str | int]) -> list[int]:
@@ -274,7 +274,7 @@ def check_prompt(prompt: str | int) -> None:
 def check_text(text: str, what: str) -> None:
     """Raise a UserError for what no text encoder can be given."""
     if len(text) > MAX_PROMPT_CHARACTERS:
-        raise UserError(f"{what} has {len(text)} characters; {MAX_PROMPT_CHARACTERS} is the limit, so shorten it")
+        raise UserError(f"{what} has {len(text)} characters; shorten it to {MAX_PROMPT_CHARACTERS}")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{what} {quoted(text)} holds bytes that are no UTF-8 text; write them anew")
 

@@ -1,4 +1,4 @@
-"""From logits to token ids: temperature, top-k, top-p, smoothing (paper section 4.1). Pure functions."""
+"""From logits to token ids: temperature, top-k, top-p, smoothing (as in VAR). Pure functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling residual tokens: a few guided denoising steps of the residual MLP (paper section 3.3)."""
+"""Sampling residual tokens: a few guided denoising steps of the residual MLP (paper section 3.2)."""
 
 from __future__ import annotations
 

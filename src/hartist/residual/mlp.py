@@ -1,8 +1,7 @@
-"""The residual diffusion MLP (paper section 3.3): noisy residual token + condition → noise and variance."""
+"""The residual diffusion MLP (paper section 3.2): noisy residual token + condition → noise and variance."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""The noise schedule of residual diffusion (paper section 3.3): cosine, respaced for generation."""
+"""The noise schedule of residual diffusion (paper section 3.2): cosine, respaced for generation."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ WHEEL_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fa
 _HASHES = "sha256.json"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json")
 # In the original file, but no part of the token states.
-_UNUSED_WEIGHTS = ("pooler.", "embeddings.position_ids")
-_SCALE = ".row_scale"
+UNUSED_WEIGHTS = ("pooler.", "embeddings.position_ids")
+ROW_SCALE = ".row_scale"
 
 
 class MiniLMEncoder:
@@ -158,7 +158,7 @@ def save_minilm(source: Path | str, target: Path | str, dtype: torch.dtype = tor
     """
     source, target = Path(source), Path(target)
     _check_hashes(source)
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in _used_weights(source).items():
         if dtype == torch.int8 and tensor.ndim == 2:
             weights |= _quantize_rows(name, tensor.float())
@@ -219,15 +219,15 @@ def _check_hashes(directory: Path) -> None:
 
 
 def _used_weights(directory: Path) -> dict[str, Tensor]:
-    weights = {n: t for n, t in read_weights(directory).items() if not n.startswith(_UNUSED_WEIGHTS)}
-    scales = {n.removesuffix(_SCALE): weights.pop(n) for n in list(weights) if n.endswith(_SCALE)}
+    weights = {n: t for n, t in read_weights(directory).items() if not n.startswith(UNUSED_WEIGHTS)}
+    scales = {n.removesuffix(ROW_SCALE): weights.pop(n) for n in list(weights) if n.endswith(ROW_SCALE)}
     return {n: t.float() * scales[n][:, None] if n in scales else t for n, t in weights.items()}
 
 
 def _quantize_rows(name: str, matrix_RC: Float[Tensor, "r c"]) -> dict[str, Tensor]:
     """A matrix as int8 and one float32 scale a row."""
     scale_R = matrix_RC.abs().amax(1).clamp(min=1e-12) / 127
-    return {name: (matrix_RC / scale_R[:, None]).round().to(torch.int8), name + _SCALE: scale_R}
+    return {name: (matrix_RC / scale_R[:, None]).round().to(torch.int8), name + ROW_SCALE: scale_R}
 
 
 def _bert_config(values: dict[str, Any], path: Path) -> Any:

@@ -23,7 +23,7 @@ MODEL_TYPES = ("qwen2", "qwen2_vl", "qwen2_vl_text")
 
 # Where a checkpoint may keep the language model's tensors: the longest prefix that fits is taken off.
 _LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
-_OTHER_PREFIXES = ("visual.", "model.visual.", "lm_head.", "model.lm_head.")
+OTHER_PREFIXES = ("visual.", "model.visual.", "lm_head.", "model.lm_head.")
 
 _SHARED_CONFIG_FIELDS = (
     "vocab_size",
@@ -159,7 +159,7 @@ def _language_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The language model's tensors under Qwen2's own names; vision and the output layer are left out."""
     language = {}
     for name, tensor in weights.items():
-        if not name.startswith(_OTHER_PREFIXES):
+        if not name.startswith(OTHER_PREFIXES):
             prefix = next(prefix for prefix in _LANGUAGE_PREFIXES if name.startswith(prefix))
             language[name.removeprefix(prefix)] = tensor
     return language

@@ -5,7 +5,6 @@ Parameter names follow the published VQGAN/VAR layout, so that checkpoints line 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -163,6 +162,6 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(x, self.stem) if self.stem > 1 else x
 
 
-def last_layer(decoder: Decoder) -> torch.nn.Parameter:
+def last_layer(decoder: Decoder) -> Tensor:
     """The decoder's last weight, by whose gradient the adversarial loss is balanced."""
     return decoder.conv_out.weight

@@ -1,4 +1,4 @@
-"""THE residual loop: how token maps of K scales add up to a latent (paper section 3.1, DESIGN of VAR).
+"""THE residual loop: how token maps of K scales add up to a latent (paper section 3.1; VAR algorithms 1 and 2).
 
 Encoding, teacher forcing and generation all run this one loop; they differ only in who chooses the
 vectors of a scale. All arithmetic is float32, whatever the networks around it use.

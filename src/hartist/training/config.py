@@ -57,7 +57,9 @@ class GeneratorLossConfig:
     """Weight of the residual diffusion loss beside the cross-entropy."""
     condition_dropout: float = 0.1
     subsample_last_scale: bool = True
-    """Keep a random part of the last scale's cells, as published (paper section 4.1)."""
+    """Keep a random part of the last scale's cells, as published (paper section 3.3)."""
     diffusion_repeats: int = 4
     """Independent diffusion times drawn for every residual token."""
     label_smoothing: float = 0.0
+    scale_weight_power: float = 0.0
+    """Tokens of a scale with l tokens weigh l^−power: 0 is plain cross-entropy, ½ favours the coarse scales."""

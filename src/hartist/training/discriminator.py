@@ -31,13 +31,13 @@ class PatchDiscriminator(nn.Module):
         return self.net(image)
 
 
-def hinge_loss(real: Float[Tensor, "..."], fake: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+def hinge_loss(real: Float[Tensor, "*shape"], fake: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """The discriminator's loss on its logits for real and reconstructed images."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def adaptive_weight(
-    reconstruction: Float[Tensor, ""], adversarial: Float[Tensor, ""], last_layer: nn.Parameter
+    reconstruction: Float[Tensor, ""], adversarial: Float[Tensor, ""], last_layer: Tensor
 ) -> Float[Tensor, ""]:
     """Ratio of the two losses' gradients at the decoder's last layer (VQGAN eq. 7), at most 10⁴."""
     (grad_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)

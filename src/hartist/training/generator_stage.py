@@ -1,4 +1,4 @@
-"""Generator stage: cross-entropy on the tokens, residual diffusion on the last scale (paper section 3.3, 4.1)."""
+"""Generator stage: cross-entropy on the tokens, residual diffusion on the last scale (paper sections 3.2, 3.3)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hartist.generation.checkpoint import LoadedModel, save_model
 from hartist.generation.loop import generate_scales
 from hartist.generation.noise import ImageNoise
 from hartist.generation.sampling import SamplingSettings, sample_ids
+from hartist.pixels import save_grid, to_uint8
 from hartist.residual.loss import diffusion_loss
 from hartist.residual.schedule import training_schedule
 from hartist.text.encoder import TextContext, unconditional_context
@@ -25,10 +26,8 @@ from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.tokenizer.quantizer import Quantizer
 from hartist.training.config import GeneratorLossConfig, RunConfig
 from hartist.training.loop import Part, StepLoss, batch_indices
-from hartist.pixels import save_grid, to_uint8
 from hartist.training.subsampling import drop_ratio, kept_count, kept_positions
 from hartist.training.token_cache import TokenCache
-from hartist.transformer.model import ScaleTransformer
 
 REPAIR = SamplingSettings(top_k=600, top_p=0.96)
 """How the last scale's ids are sampled for the residual targets."""
@@ -69,6 +68,10 @@ class GeneratorStage:
             name: json.loads(json.dumps(configs.to_dict(value))) for name, value in settings.items()
         }
 
+    @property
+    def gathered(self) -> dict[str, Tensor]:
+        return {}
+
     def loss(self, step: int) -> StepLoss:
         rows = torch.tensor(batch_indices(len(self.cache.ids_NL), self.run.batch_size, step, self.run.seed))
         with torch.autocast("cpu", torch.bfloat16, enabled=self.run.bf16):
@@ -102,11 +105,12 @@ class GeneratorStage:
         per_token_BT = F.cross_entropy(
             logits_BTV.transpose(1, 2), target_BT, reduction="none", label_smoothing=self.losses.label_smoothing
         )
-        cross_entropy = per_token_BT.mean()
-        loss = cross_entropy
-        logs = {"cross_entropy": cross_entropy.item()}
+        lengths = [*schedule.lengths[:-1], last_ids_Bm.shape[1]]
+        weight_T = torch.tensor([length**-self.losses.scale_weight_power for length in lengths for _ in range(length)])
+        loss = (per_token_BT * weight_T).sum(1).mean() / weight_T.sum()
+        logs = {"cross_entropy": per_token_BT.mean().item()}
         start = 0
-        for k, length in enumerate([*schedule.lengths[:-1], last_ids_Bm.shape[1]]):
+        for k, length in enumerate(lengths):
             logs[f"cross_entropy_{k}"] = per_token_BT[:, start : start + length].mean().item()
             start += length
 

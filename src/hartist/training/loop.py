@@ -6,6 +6,7 @@ Nothing in a step depends on how the run got there: batches and random numbers a
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
@@ -14,16 +15,19 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hartist.errors import UserError
+from hartist.files import write_text
 from hartist.training.config import RunConfig
 from hartist.training.optimizer import ExponentialAverage, build_optimizer, learning_rate, restore
 from hartist.training.state import load_state, save_state
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Stage(Protocol):
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be resumed: configurations and data hash."""
+        ...
+
+    @property
+    def gathered(self) -> dict[str, Tensor]:
+        """What `after_step` has gathered for later steps: saved with the networks and restored in place."""
         ...
 
     def after_step(self, step: int) -> None: ...
@@ -110,7 +119,7 @@ def _backward_and_step(
 ) -> float:
     """One optimiser step; returns the gradient norm. Not-a-number gradients skip the step."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norm = float(nn.utils.clip_grad_norm_(part.module.parameters(), clip_norm))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
@@ -128,20 +137,24 @@ def train(stage: Stage, config: RunConfig, run_dir: Path, *, progress: bool = Tr
     run_dir.mkdir(parents=True, exist_ok=True)
     parts = {part.name: part for part in stage.parts}
     trained = {
-        name: (part.module, build_optimizer(part.module, config.optimizer), ExponentialAverage(part.module, config.optimizer.ema_decay))
+        name: (
+            part.module,
+            build_optimizer(part.module, config.optimizer),
+            ExponentialAverage(part.module, config.optimizer.ema_decay),
+        )
         for name, part in parts.items()
     }
     checkpoint = run_dir / "checkpoint"
-    start = load_state(checkpoint, trained, stage.identity)
+    start = load_state(checkpoint, trained, stage.identity, stage.gathered)
     log_path = run_dir / "log.jsonl"
     _drop_log_after(log_path, start)
 
     def save(step: int) -> None:
-        save_state(checkpoint, step, trained, stage.identity)
-        _with_average(trained, lambda: stage.export(run_dir))
+        save_state(checkpoint, step, trained, stage.identity, stage.gathered)
+        _with_average(trained, functools.partial(stage.export, run_dir))
 
     sums: dict[str, list[float]] = defaultdict(list)
-    skipped = 0
+    skipped = dict.fromkeys(parts, 0)
     saved_at = clock = time.monotonic()
     last_logged = start
     step = start
@@ -157,9 +170,11 @@ def train(stage: Stage, config: RunConfig, run_dir: Path, *, progress: bool = Tr
                     continue
                 module, optimizer, average = trained[name]
                 norm = _backward_and_step(part, result.loss, optimizer, config.optimizer.clip_norm, rate)
-                skipped = 0 if math.isfinite(norm) else skipped + 1
-                if skipped > max_skipped:
-                    raise UserError(f"{skipped} steps in a row without finite gradients at step {step}; lower the learning rate")
+                skipped[name] = 0 if math.isfinite(norm) else skipped[name] + 1
+                if skipped[name] > max_skipped:
+                    raise UserError(
+                        f"{skipped[name]} steps in a row had no finite gradient, at step {step}; lower the learning rate"
+                    )
                 average.update(module, step)
                 for key, value in {**result.logs, f"{name}_grad_norm": norm}.items():
                     sums[key].append(value)
@@ -179,8 +194,7 @@ def train(stage: Stage, config: RunConfig, run_dir: Path, *, progress: bool = Tr
                 bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k in ("loss", "images_per_second")})
             now = time.monotonic()  # time spent on pictures and checkpoints doesn't count as training
             if step % config.picture_every == 0 or step == config.steps:
-                figures: dict[str, float] = {}
-                _with_average(trained, lambda: figures.update(stage.pictures(run_dir / "pictures", step)))
+                figures = _with_average(trained, functools.partial(stage.pictures, run_dir / "pictures", step))
                 log.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in figures.items()}}) + "\n")
                 log.flush()
                 clock += time.monotonic() - now
@@ -194,7 +208,7 @@ def train(stage: Stage, config: RunConfig, run_dir: Path, *, progress: bool = Tr
     return step
 
 
-def _with_average(trained: dict[str, Any], action: Callable[[], Any]) -> None:
+def _with_average(trained: dict[str, Any], action: Callable[[], Result]) -> Result:
     """Run `action` with the averaged weights in place and the modules in evaluation mode."""
     saved = {}
     for name, (module, _, average) in trained.items():
@@ -202,17 +216,24 @@ def _with_average(trained: dict[str, Any], action: Callable[[], Any]) -> None:
         module.eval()
     try:
         with torch.no_grad():
-            action()
+            return action()
     finally:
         for name, (module, _, _average) in trained.items():
             restore(module, saved[name])
 
 
 def _drop_log_after(path: Path, step: int) -> None:
-    """Remove log lines of steps that are about to be run again."""
+    """Remove log lines of steps that are about to be run again, and one that a crash tore."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+
+    def is_done(line: str) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if is_done(line)]
     if len(kept) < len(lines):
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(line + "\n" for line in kept))

@@ -53,12 +53,11 @@ class PerceptualLoss(nn.Module):
                     conv.weight.data = kernel
                     conv.bias.data = torch.tensor(file[f"{name}/1"][()])  # type: ignore[union-attr]
                     self.convs.append(conv)
-        self.register_buffer("mean", torch.tensor(BGR_MEAN).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
 
     def features(self, image: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
         """Unit-normalised features of images in [−1, 1]."""
-        x = (image.flip(1) + 1) * 127.5 - self.mean
+        x = (image.flip(1) + 1) * 127.5 - image.new_tensor(BGR_MEAN).view(1, 3, 1, 1)
         features = []
         convs = iter(self.convs)
         for block, count in BLOCKS:

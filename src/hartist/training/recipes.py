@@ -58,8 +58,8 @@ def emoji_tokenizer(steps: int = 3600) -> TokenizerRecipe:
     )
 
 
-def emoji_generator(steps: int = 3200) -> GeneratorRecipe:
-    """A 16 M transformer with axial RoPE over MiniLM states: the bundled model, for two CPU cores."""
+def emoji_generator(steps: int = 3600) -> GeneratorRecipe:
+    """An 11 M transformer with axial RoPE over MiniLM states: the bundled model, for two CPU cores."""
     return GeneratorRecipe(
         name="emoji",
         image_size=128,
@@ -69,9 +69,10 @@ def emoji_generator(steps: int = 3200) -> GeneratorRecipe:
             latent_channels=16,
             context_tokens=24,
             context_dim=384,
-            width=384,
+            width=320,
             depth=8,
-            heads=6,
+            heads=5,
+            mlp_ratio=3.6,
             modulation="table",
             rope="axial",
             step_embedding="table",
@@ -79,7 +80,7 @@ def emoji_generator(steps: int = 3200) -> GeneratorRecipe:
             attention_scale=1.0,
             residual=ResidualConfig(width=256, depth=3, steps=8),
         ),
-        losses=GeneratorLossConfig(diffusion_repeats=2),
+        losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5),
         run=RunConfig(
             steps=steps,
             batch_size=32,

@@ -90,5 +90,7 @@ def _compact_minilm(directory: Path) -> Path:
 
 def _check_recipe(recipe: GeneratorRecipe, sides: tuple[object, ...]) -> None:
     if tuple(recipe.transformer.sides) != tuple(sides):
-        raise UserError(f"the tokenizer was trained for the scales {list(sides)}, the recipe has {list(recipe.transformer.sides)}")
+        raise UserError(
+            f"the tokenizer was trained for the scales {list(sides)}, the recipe has {list(recipe.transformer.sides)}"
+        )
 

@@ -1,4 +1,4 @@
-"""Token subsampling: training sees only some cells of the last scale (paper section 4.1)."""
+"""Token subsampling: training sees only some cells of the last scale (paper section 3.3)."""
 
 from __future__ import annotations
 

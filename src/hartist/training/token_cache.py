@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from hartist.checkpoint import write_safetensors
+from hartist.pixels import from_uint8
 from hartist.text.encoder import TextContext, TextEncoder, context_from_states
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.images import ImageSet
-from hartist.pixels import from_uint8
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class TokenCache:
 
     ids_NL: Int[Tensor, "n l"]
     """Token ids of all scales side by side."""
-    last_scale_NmC: Float[Tensor, "n m c"]
+    last_scale_NmC: Float[Tensor, "n l_last c"]
     """What the last scale has to express, before its discrete step."""
-    states_MSC: Float[Tensor, "m s c"]
+    states_MSC: Float[Tensor, "m s d"]
     """Text states of every caption, float16."""
     mask_MS: Bool[Tensor, "m s"]
     first_caption_N: Int[Tensor, " n"]
@@ -87,9 +87,11 @@ def build_token_cache(
 
 
 def _read(path: Path, key: str) -> TokenCache | None:
-    if not path.exists():
+    """The cache at `path`, or None if there is none, it was made from something else, or it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return TokenCache(**{name: file.get_tensor(name) for name in FIELDS})
+    except (OSError, SafetensorError):
         return None
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("key") != key:
-            return None
-        return TokenCache(**{name: file.get_tensor(name) for name in FIELDS})

@@ -12,6 +12,7 @@ from torch import Tensor
 from hartist import config as configs
 from hartist.config import TokenizerConfig
 from hartist.evaluation.image_metrics import psnr
+from hartist.pixels import from_uint8, save_grid, to_uint8
 from hartist.tokenizer.autoencoder import last_layer
 from hartist.tokenizer.checkpoint import save_tokenizer
 from hartist.tokenizer.hybrid import HybridTokenizer
@@ -21,7 +22,6 @@ from hartist.training.config import RunConfig, TokenizerLossConfig
 from hartist.training.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from hartist.training.loop import Part, StepLoss, batch_indices, step_seed
 from hartist.training.perceptual import PerceptualLoss, find_weights, random_crops
-from hartist.pixels import from_uint8, save_grid, to_uint8
 
 
 class TokenizerStage:
@@ -62,6 +62,10 @@ class TokenizerStage:
             "run": _json(configs.to_dict(self.run)),
             "data": self.data_hash,
         }
+
+    @property
+    def gathered(self) -> dict[str, Tensor]:
+        return {"hits": self.hits_V}
 
     def batch(self, step: int) -> Float[Tensor, "b 3 h w"]:
         indices = batch_indices(len(self.images), self.run.batch_size, step, self.run.seed)
@@ -112,7 +116,8 @@ class TokenizerStage:
         return StepLoss(loss, {"loss": loss.item(), **logs})
 
     def discriminator_loss(self, step: int) -> StepLoss | None:
-        assert self.discriminator is not None and self.reconstruction is not None
+        assert self.discriminator is not None
+        assert self.reconstruction is not None
         if step < self.losses.adversarial_start * self.run.steps:
             return None
         with self._autocast():
@@ -155,9 +160,9 @@ class TokenizerStage:
             sums["discrete"].append(psnr(discrete, image))
             sums["hybrid"].append(psnr(hybrid, image))
             if len(rows) < 6:
-                for i in range(4):
+                for i in range(min(4, len(image))):
                     rows.append([to_uint8(x[i]) for x in (image, discrete, hybrid)])
-        strips = [sum((rows[i + j] for j in range(2)), []) for i in range(0, len(rows) - 1, 2)]
+        strips = [[pixels for row in rows[i : i + 2] for pixels in row] for i in range(0, len(rows), 2)]
         save_grid(directory / f"reconstruction_{step:07d}.png", strips)
         return {f"validation_psnr_{path}": float(torch.cat(values).mean()) for path, values in sums.items()}
 

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hartist.config import TransformerConfig
-from hartist.transformer.cache import KVCache
 from hartist.layers import Linear, steady_linear
+from hartist.transformer.cache import KVCache
 from hartist.transformer.positions import Rope, apply_rope
 
 MAX_LOG_SCALE = math.log(100)

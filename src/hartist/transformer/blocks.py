@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hartist.config import TransformerConfig
+from hartist.layers import Linear, steady_linear
 from hartist.transformer.attention import Attention
 from hartist.transformer.cache import KVCache
-from hartist.layers import Linear, steady_linear
 from hartist.transformer.positions import Rope
 
 

@@ -1,4 +1,4 @@
-"""Initial weights of the transformer for training: VAR's, with near-zero gates (DESIGN of VAR, adaLN-zero)."""
+"""Initial weights of the transformer for training: VAR's, with near-zero gates."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ class ScaleTransformer(nn.Module):
     ) -> TeacherForced:
         """The teacher-forced pass: inputs of scales 2..K side by side, block-causal attention.
 
-        `kept_Bm` keeps only these cells of the last scale (paper section 4.1); they keep their own
+        `kept_Bm` keeps only these cells of the last scale (paper section 3.3); they keep their own
         coordinates and see each other and all earlier scales.
         """
         lengths = self.schedule.lengths[1:]
@@ -215,7 +215,7 @@ class ScaleTransformer(nn.Module):
     def residual_condition(
         self, hidden_BlD: Float[Tensor, "b l d"], code_BlC: Float[Tensor, "b l c"]
     ) -> Float[Tensor, "b l d"]:
-        """The residual MLP's condition: norm(hidden + word_embed(chosen code)) (paper section 3.3)."""
+        """The residual MLP's condition: norm(hidden + word_embed(chosen code)) (paper section 3.2)."""
         return self.residual_norm(hidden_BlD + self.word_embed(code_BlC.to(self.dtype)))
 
 
