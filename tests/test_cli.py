@@ -454,6 +454,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+TOLD_EARLY = ["out below a file", "negative n", "too many images", "no prompt", "top-p", "no threads"]
+
+
+@pytest.mark.parametrize("case", TOLD_EARLY)
+def test_what_needs_no_model_is_told_before_it_is_loaded(
+    case: str, text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> Pipeline:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", load)
+    prompts, extra, expected = BAD_CALLS[case]
+    flags = extra(text_model, tmp_path) if callable(extra) else extra
+    assert expected in fail(capsys, "generate", "-o", tmp_path / "out", *flags, "--", *prompts)
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(
     text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

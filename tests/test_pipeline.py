@@ -162,7 +162,9 @@ def test_global_random_state_plays_no_part_and_is_left_alone(pipe: Pipeline) -> 
 def test_a_negative_prompt_changes_the_image(pipe: Pipeline) -> None:
     request = [Request(PROMPTS[0], 0)]
     plain = make(pipe, request)
-    assert distance(make(pipe, request, negative_prompt="flat"), plain) > 1
+    negative = make(pipe, request, negative_prompt="flat")
+    assert distance(negative, plain) > 1
+    assert not torch.equal(negative.ids, plain.ids)
     assert_same_image(make(pipe, request, negative_prompt=""), plain, levels=0)
 
 
@@ -179,7 +181,9 @@ def test_guidance_and_temperature_move_the_image(pipe: Pipeline) -> None:
     images = [make(pipe, request, guidance=g) for g in (0.0, 1.0, 3.0)]
     images.append(make(pipe, request, temperature=3.0))
     for i, a in enumerate(images):
-        assert all(distance(a, b) > 0.5 for b in images[i + 1 :])
+        for b in images[i + 1 :]:
+            assert distance(a, b) > 0.5
+            assert not torch.equal(a.ids, b.ids)
 
 
 def test_top_k_1_is_greedy_and_greedy_ids_need_no_seed(pipe: Pipeline) -> None:

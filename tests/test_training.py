@@ -430,7 +430,7 @@ def test_steps_without_finite_gradients_are_skipped_and_too_many_stop_the_run(tm
     assert train(stage, run_config(7), tmp_path / "few", progress=False, max_skipped=3) == 7
     assert stage.seen[1] == stage.seen[2] == stage.seen[4] != stage.seen[5]
     assert all(math.isfinite(weight) for weight in stage.seen)
-    with pytest.raises(UserError, match="4 steps in a row without finite gradients"):
+    with pytest.raises(UserError, match="4 steps in a row"):
         train(Explosive(range(2, 7)), run_config(7), tmp_path / "many", progress=False, max_skipped=3)
 
 

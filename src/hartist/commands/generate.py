@@ -75,7 +75,8 @@ def write_images(
     with tqdm(total=len(requests) * num_scales, unit="scale", disable=True if quiet else None) as bar:
 
         def show(result: ScaleResult) -> None:
-            bar.set_description(f"scale {result.k + 1} of {num_scales}, {result.grid[0]}×{result.grid[1]}")
+            grid = f"{result.grid[0]}×{result.grid[1]}"
+            bar.set_description(f"scale {result.k + 1} of {num_scales}, {grid}", refresh=False)
             bar.update(len(result.ids_Bl))
 
         try:

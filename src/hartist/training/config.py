@@ -58,6 +58,10 @@ class GeneratorLossConfig:
     condition_dropout: float = 0.1
     subsample_last_scale: bool = True
     """Keep a random part of the last scale's cells, as published (paper section 3.3)."""
+    coarse_share: float = 0.0
+    """Share of the steps that see the coarse scales only, without the last `coarse_dropped`: what a prompt
+    decides lies there, and such a step costs a fraction of a full one."""
+    coarse_dropped: int = 2
     diffusion_repeats: int = 4
     """Independent diffusion times drawn for every residual token."""
     label_smoothing: float = 0.0

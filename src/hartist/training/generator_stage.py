@@ -75,9 +75,13 @@ class GeneratorStage:
     def loss(self, step: int) -> StepLoss:
         rows = torch.tensor(batch_indices(len(self.cache.ids_NL), self.run.batch_size, step, self.run.seed))
         with torch.autocast("cpu", torch.bfloat16, enabled=self.run.bf16):
-            return self.batch_loss(self.cache, rows, dropout=self.losses.condition_dropout)
+            return self.batch_loss(
+                self.cache, rows, dropout=self.losses.condition_dropout, coarse_share=self.losses.coarse_share
+            )
 
-    def batch_loss(self, cache: TokenCache, rows: Int[Tensor, " b"], *, dropout: float) -> StepLoss:
+    def batch_loss(
+        self, cache: TokenCache, rows: Int[Tensor, " b"], *, dropout: float = 0.0, coarse_share: float = 0.0
+    ) -> StepLoss:
         """Loss of some images, each with one of its captions at random."""
         schedule, transformer = self.transformer.schedule, self.transformer
         ids_BL = cache.ids_NL[rows].long()
@@ -85,14 +89,18 @@ class GeneratorStage:
         draw = torch.rand(len(rows))
         captions = cache.first_caption_N[rows] + (draw * cache.num_captions_N[rows]).long()
         context = drop_condition(cache.context(captions), dropout)
+        scales = len(schedule)
+        if bool(torch.rand(()) < coarse_share):
+            scales -= self.losses.coarse_dropped
+        full = scales == len(schedule)
         last_length = schedule.lengths[-1]
         kept_Bm = None
-        if self.losses.subsample_last_scale:
+        if full and self.losses.subsample_last_scale:
             kept_Bm = kept_positions(len(rows), last_length, kept_count(last_length, drop_ratio()))
 
         quantizer = self.tokenizer.quantizer
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            input_BLC = quantizer.teacher_forcing_input(ids, schedule)
+            input_BLC = quantizer.teacher_forcing_input(ids, schedule)[:, : sum(schedule.lengths[1:scales])]
         condition = transformer.prepare(context)
         output = transformer.forward_all(input_BLC, condition, kept_Bm)
         logits_BTV = transformer.logits(output.hidden_BTD, condition)
@@ -101,20 +109,21 @@ class GeneratorStage:
         if kept_Bm is not None:
             last_ids_Bm = last_ids_Bm.gather(1, kept_Bm)
             last_BmC = last_BmC.gather(1, kept_Bm[..., None].expand(-1, -1, last_BmC.shape[-1]))
-        target_BT = torch.cat([*ids[:-1], last_ids_Bm], 1)
+        targets = [*ids[:-1], last_ids_Bm][:scales]
+        target_BT = torch.cat(targets, 1)
         per_token_BT = F.cross_entropy(
             logits_BTV.transpose(1, 2), target_BT, reduction="none", label_smoothing=self.losses.label_smoothing
         )
-        lengths = [*schedule.lengths[:-1], last_ids_Bm.shape[1]]
+        lengths = [ids_Bl.shape[1] for ids_Bl in targets]
         weight_T = torch.tensor([length**-self.losses.scale_weight_power for length in lengths for _ in range(length)])
         loss = (per_token_BT * weight_T).sum(1).mean() / weight_T.sum()
-        logs = {"cross_entropy": per_token_BT.mean().item()}
+        logs = {"cross_entropy": per_token_BT.mean().item()} if full else {}
         start = 0
         for k, length in enumerate(lengths):
             logs[f"cross_entropy_{k}"] = per_token_BT[:, start : start + length].mean().item()
             start += length
 
-        if self.config.residual is not None and self.losses.residual > 0:
+        if full and self.config.residual is not None and self.losses.residual > 0:
             m = last_ids_Bm.shape[1]
             with torch.no_grad():
                 uniform_Bm = torch.rand(len(rows), m, dtype=torch.float64)
@@ -124,7 +133,7 @@ class GeneratorStage:
             residual = self._residual_loss(z_BmD, last_BmC - code_BmC)
             loss = loss + self.losses.residual * residual
             logs["residual"] = residual.item()
-        return StepLoss(loss, {"loss": loss.item(), **logs})
+        return StepLoss(loss, {"loss" if full else "coarse_loss": loss.item(), **logs})
 
     def _residual_loss(self, z_BmD: Tensor, target_BmC: Tensor) -> Tensor:
         assert self.config.residual is not None
@@ -163,7 +172,7 @@ class GeneratorStage:
         torch.manual_seed(self.run.seed)
         logs: dict[str, list[float]] = {}
         for rows_B in torch.arange(len(self.validation.ids_NL)).split(64):
-            for key, value in self.batch_loss(self.validation, rows_B, dropout=0.0).logs.items():
+            for key, value in self.batch_loss(self.validation, rows_B).logs.items():
                 logs.setdefault(f"validation_{key}", []).append(value)
         return {key: sum(values) / len(values) for key, values in logs.items()}
 

@@ -58,7 +58,7 @@ def emoji_tokenizer(steps: int = 3600) -> TokenizerRecipe:
     )
 
 
-def emoji_generator(steps: int = 3600) -> GeneratorRecipe:
+def emoji_generator(steps: int = 5800) -> GeneratorRecipe:
     """An 11 M transformer with axial RoPE over MiniLM states: the bundled model, for two CPU cores."""
     return GeneratorRecipe(
         name="emoji",
@@ -80,12 +80,12 @@ def emoji_generator(steps: int = 3600) -> GeneratorRecipe:
             attention_scale=1.0,
             residual=ResidualConfig(width=256, depth=3, steps=8),
         ),
-        losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5),
+        losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5, coarse_share=0.6),
         run=RunConfig(
             steps=steps,
-            batch_size=32,
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=150, ema_decay=0.999),
-            picture_every=400,
+            batch_size=16,
+            optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=150, ema_decay=0.999),
+            picture_every=800,
         ),
         sampling=SamplingSettings(guidance=3.0, top_k=100),
     )

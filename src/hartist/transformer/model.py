@@ -155,6 +155,15 @@ class ScaleTransformer(nn.Module):
             x_BlD = x_BlD + self.position_embed[:, start : start + self.schedule.lengths[k]]
         return x_BlD
 
+    def _scales_within(self, tokens: int) -> list[int]:
+        """Lengths of the scales 2, 3, … that together have so many tokens."""
+        lengths: list[int] = []
+        for length in self.schedule.lengths[1:]:
+            if sum(lengths) >= tokens:
+                break
+            lengths.append(length)
+        return lengths
+
     # ----------------------------------------------------------------- forward passes
 
     def forward_scale(
@@ -183,9 +192,10 @@ class ScaleTransformer(nn.Module):
         """The teacher-forced pass: inputs of scales 2..K side by side, block-causal attention.
 
         `kept_Bm` keeps only these cells of the last scale (paper section 3.3); they keep their own
-        coordinates and see each other and all earlier scales.
+        coordinates and see each other and all earlier scales. Inputs may end after any scale: then the
+        pass does too.
         """
-        lengths = self.schedule.lengths[1:]
+        lengths = self._scales_within(input_BLC.shape[1])
         x = [condition.prefix_BSD]
         ropes = [condition.prefix_rope]
         levels = [0] * self.config.prefix_tokens
