@@ -305,7 +305,7 @@ def test_slugs() -> None:
     assert len(slug("x" * 1000)) == 40
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(1, 80), st.integers(1, 80), st.sampled_from([(32, 32), (1024, 1024), (512, 2048)]))
 def test_contact_sheets_hold_all_images_within_their_limit(prompts: int, each: int, size: tuple[int, int]) -> None:
     sheet = ContactSheet(prompts, each, size)

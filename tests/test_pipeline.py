@@ -22,7 +22,7 @@ from hartist.generation.sampling import SamplingSettings
 from tiny import NUM_CLASSES, SETTINGS, SIDES, SIZE, write_tiny_class_model, write_tiny_text_model
 
 PROMPTS = ["a red apple, 3d", "a sleeping cat on a table, flat", "green"]
-STEADY = settings(max_examples=15, deadline=None)
+STEADY = settings(max_examples=10, deadline=None)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture()
+@pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder in which the README's relative paths exist and outputs do no harm."""
     for name in ("docs", "tests"):

@@ -173,7 +173,8 @@ def train(stage: Stage, config: RunConfig, run_dir: Path, *, progress: bool = Tr
                 skipped[name] = 0 if math.isfinite(norm) else skipped[name] + 1
                 if skipped[name] > max_skipped:
                     raise UserError(
-                        f"{skipped[name]} steps in a row had no finite gradient, at step {step}; lower the learning rate"
+                        f"{skipped[name]} steps in a row without finite gradients at step {step}; "
+                        "lower the learning rate"
                     )
                 average.update(module, step)
                 for key, value in {**result.logs, f"{name}_grad_norm": norm}.items():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hartist.config import TransformerConfig
 from hartist.layers import Linear, steady_linear
+from hartist.transformer.attend import attend
 from hartist.transformer.cache import KVCache
 from hartist.transformer.positions import Rope, apply_rope
 
@@ -53,9 +54,5 @@ class Attention(nn.Module):
             q_BNlE, k_BNlE = apply_rope(q_BNlE, rope), apply_rope(k_BNlE, rope)
         if cache is not None:
             k_BNlE, v_BNlE = cache.join(layer, k_BNlE, v_BNlE, keep=keep)
-        if l == 1 and not torch.is_grad_enabled():
-            # A single query takes another kernel on CPU, which sums in an order that depends on the batch.
-            q_BNlE = q_BNlE.expand(-1, -1, 2, -1)
-        y_BNlE = F.scaled_dot_product_attention(q_BNlE, k_BNlE, v_BNlE, attn_mask=mask_lt, scale=self.scale)
-        y_BNlE = y_BNlE[:, :, :l]
+        y_BNlE = attend(q_BNlE, k_BNlE, v_BNlE, self.scale, mask_lt)
         return self.proj(y_BNlE.transpose(1, 2).reshape(B, l, D))

@@ -1,0 +1,70 @@
+"""softmax(q·kᵀ·scale)·v: PyTorch's own attention as the reference, and a blocked form for bfloat16 on CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+BLOCK_BYTES = 5 * 2**20
+"""Scores of one block of queries: what stays in a server core's last-level cache between the two products."""
+MIN_QUERIES = 256
+
+
+def attend(
+    q_BNlE: Float[Tensor, "b n l e"],
+    k_BNtE: Float[Tensor, "b n t e"],
+    v_BNtE: Float[Tensor, "b n t e"],
+    scale: float,
+    mask_lt: Bool[Tensor, "l t"] | None = None,
+) -> Float[Tensor, "b n l e"]:
+    """Attention of every query to all keys, or to those that `mask_lt` allows."""
+    l = q_BNlE.shape[2]
+    inference = not torch.is_grad_enabled()
+    if (
+        inference
+        and mask_lt is None
+        and l >= MIN_QUERIES
+        and q_BNlE.device.type == "cpu"
+        and q_BNlE.dtype == torch.bfloat16
+    ):
+        return blocked_attention(q_BNlE, k_BNtE, v_BNtE, scale)
+    if l == 1 and inference:
+        # A single query takes another kernel on CPU, which sums in an order that depends on the batch.
+        q_BNlE = q_BNlE.expand(-1, -1, 2, -1)
+    y_BNlE = F.scaled_dot_product_attention(q_BNlE, k_BNtE, v_BNtE, attn_mask=mask_lt, scale=scale)
+    return y_BNlE[:, :, :l]
+
+
+def blocked_attention(
+    q_BNlE: Float[Tensor, "b n l e"],
+    k_BNtE: Float[Tensor, "b n t e"],
+    v_BNtE: Float[Tensor, "b n t e"],
+    scale: float,
+) -> Float[Tensor, "b n l e"]:
+    """Head by head, block of queries by block: large matrix products and a softmax between them.
+
+    In bfloat16 on CPU this runs about 1.6 times as fast as the fused kernel, whose products are small.
+    Scores are rounded to bfloat16 between the steps, which alone would cost accuracy where they are
+    large. So a first product finds each query's maximum, and a second one subtracts it inside, as one
+    more term of the sum: what is then rounded is the distance to the maximum, small wherever the
+    weight is not.
+    """
+    B, N, l, E = q_BNlE.shape
+    t = k_BNtE.shape[2]
+    block = max(64, BLOCK_BYTES // (2 * t) // 64 * 64)
+    y_BNlE = torch.empty_like(q_BNlE, memory_format=torch.contiguous_format)
+    # Two more columns: the maximum's, and a zero because bfloat16 products take pairs.
+    q_lF = q_BNlE.new_zeros(l, E + 2)
+    k_Ft = k_BNtE.new_ones(E + 2, t)
+    for b in range(B):
+        for n in range(N):
+            torch.mul(q_BNlE[b, n], scale, out=q_lF[:, :E])
+            k_Ft[:E] = k_BNtE[b, n].T
+            for start in range(0, l, block):
+                q_iF = q_lF[start : start + block]
+                q_iF[:, E] = -torch.mm(q_iF[:, :E], k_Ft[:E]).amax(-1)
+                weights_it = torch.mm(q_iF, k_Ft).softmax(-1)
+                torch.mm(weights_it, v_BNtE[b, n], out=y_BNlE[b, n, start : start + block])
+    return y_BNlE
