@@ -64,7 +64,8 @@ def main() -> None:
     (IMAGES / "scales.png").write_bytes(encode_png(grid_image(strips)))
     if len(sys.argv) > 1:
         size = pipe.image_size[0]
-        held_out = [item for item in load_captioned_folder(Path(sys.argv[1]), "validation") if item.extra["style"] == "3d"]
+        items = load_captioned_folder(Path(sys.argv[1]), "validation")
+        held_out = [item for item in items if item.extra["style"] == "3d"]
         rows = []
         for item in held_out[5::40][:3] + held_out[25::40][:3]:
             result = reconstruct(pipe.tokenizer, torch.from_numpy(read_image(item.path, size)))

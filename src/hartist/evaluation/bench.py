@@ -1,4 +1,4 @@
-"""`hartist bench`: where the time and the memory of generation go, on random weights of any preset or on a model."""
+"""`hartist bench`: where the time and the memory of generation go, on random weights of any preset."""
 
 from __future__ import annotations
 
