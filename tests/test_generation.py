@@ -23,8 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "text, axial, rectangles": {"rope": "axial", "sides": RECTANGLES},
     "text without residual tokens": {"residual": None, "modulation": "none"},
     "var": VAR,
-    "class with residual tokens": VAR
-    | {"residual": ResidualConfig(width=32, depth=1, steps=4), "sides": (2, 3, 4)},
+    "class with residual tokens": VAR | {"residual": ResidualConfig(width=32, depth=1, steps=4), "sides": (2, 3, 4)},
     "one scale": VAR | {"sides": (4,)},
 }
 SETTINGS = SamplingSettings(guidance=3.0, top_k=0)
@@ -120,9 +119,7 @@ def test_residual_tokens_are_all_that_tells_hybrid_from_discrete(name: str) -> N
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 @pytest.mark.parametrize("name", MODELS)
-def test_teacher_forcing_on_the_generated_ids_gives_the_generations_logits(
-    name: str, guidance: float
-) -> None:
+def test_teacher_forcing_on_the_generated_ids_gives_the_generations_logits(name: str, guidance: float) -> None:
     model = random_transformer(**MODELS[name])
     quantizer = random_quantizer(sides=model.config.sides)
     results = generate(model, SamplingSettings(guidance=guidance, top_k=0))
@@ -146,14 +143,12 @@ def test_residual_tokens_are_denoised_from_the_teacher_forced_hidden_states() ->
     settings = SamplingSettings(guidance=0.0, top_k=0)
     results = generate(model, settings)
     prepared = model.prepare(conditions(model, 2)[0])
-    hidden = model.forward_all(
-        quantizer.teacher_forcing_input([r.ids_Bl for r in results]), prepared
-    ).last_scale_BmD
+    hidden = model.forward_all(quantizer.teacher_forcing_input([r.ids_Bl for r in results]), prepared).last_scale_BmD
     noise = ImageNoise((0, 1))
     for length in model.schedule.lengths:  # the ids were drawn before
         noise.uniform(length)
     with torch.inference_mode():
-        residual = residual_tokens(model, hidden, quantizer.lookup(results[-1].ids_Bl), None, settings, noise)
+        residual = residual_tokens(model, hidden, quantizer.lookup(results[-1].ids_Bl), 0.0, settings, noise)
     wanted = results[-1].f_hat_BChw - results[-1].discrete_f_hat_BChw
     torch.testing.assert_close(tokens_to_map(residual, (4, 4)), wanted, rtol=0, atol=1e-4)
 
@@ -212,9 +207,7 @@ def test_without_guidance_the_other_branch_is_not_asked(name: str) -> None:
 
     assert torch.equal(last(0.0, unconditional).f_hat_BChw, last(0.0, other).f_hat_BChw)
     assert not torch.equal(last(3.0, unconditional).logits_BlV, last(3.0, other).logits_BlV)
-    torch.testing.assert_close(
-        last(1e-6, unconditional).logits_BlV, last(0.0, other).logits_BlV, rtol=0, atol=1e-3
-    )
+    torch.testing.assert_close(last(1e-6, unconditional).logits_BlV, last(0.0, other).logits_BlV, rtol=0, atol=1e-3)
 
 
 def test_the_first_scale_is_unguided() -> None:
@@ -228,19 +221,17 @@ def test_residual_guidance_of_exactly_one_is_no_guidance() -> None:
     model = random_transformer()
     hidden, codes = normal(4, 16, 32), normal(2, 16, 4)
 
-    def tokens(rows: Tensor, t: float | None) -> Tensor:
+    def tokens(rows: Tensor, t: float) -> Tensor:
         return residual_tokens(model, rows, codes, t, SETTINGS, ImageNoise((0, 1)))
 
-    torch.testing.assert_close(tokens(hidden, 1.0), tokens(hidden[:2], None), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tokens(hidden, 1.0), tokens(hidden[:2], 0.0), rtol=0, atol=1e-6)
     assert (tokens(hidden, 1.0) - tokens(hidden, 0.99)).abs().max() > 1e-3
 
 
 def test_smoothing_mixes_codes_by_the_noise_after_the_ids() -> None:
     model, quantizer = random_transformer(), random_quantizer(phi_ratio=0.0)
     condition, unconditional = conditions(model, 2)
-    scales = generate_scales(
-        model, quantizer, condition, unconditional, DRAWS["smoothing"], ImageNoise((0, 1))
-    )
+    scales = generate_scales(model, quantizer, condition, unconditional, DRAWS["smoothing"], ImageNoise((0, 1)))
     first = next(scales)
     noise = ImageNoise((0, 1))
     noise.uniform(1)
@@ -258,3 +249,25 @@ def test_more_steps_denoise_otherwise() -> None:
     two = generate(model, SamplingSettings(guidance=3.0, top_k=0, diffusion_steps=2))[-1]
     assert torch.equal(own.f_hat_BChw, four.f_hat_BChw)
     assert not torch.allclose(own.f_hat_BChw, two.f_hat_BChw)
+
+
+def test_residual_guidance_is_separate_from_that_of_the_tokens() -> None:
+    model = random_transformer()
+    settings = SamplingSettings(guidance=3.0, top_k=0)
+    guided = generate(model, settings)[-1]
+    unguided = generate(model, SamplingSettings(guidance=3.0, top_k=0, residual_guidance=0.0))[-1]
+    same = generate(model, SamplingSettings(guidance=3.0, top_k=0, residual_guidance=3.0))[-1]
+    assert torch.equal(guided.ids_Bl, unguided.ids_Bl)
+    assert not torch.allclose(guided.f_hat_BChw, unguided.f_hat_BChw)
+    assert torch.equal(guided.f_hat_BChw, same.f_hat_BChw)
+
+
+def test_residual_temperature_scales_the_noise_of_the_steps() -> None:
+    model = random_transformer()
+    results = [
+        generate(model, SamplingSettings(guidance=3.0, top_k=0, residual_temperature=t))[-1] for t in (0.0, 0.5, 1.0)
+    ]
+    residuals = [result.f_hat_BChw - result.discrete_f_hat_BChw for result in results]
+    assert not torch.allclose(residuals[0], residuals[1])
+    # halfway noise lies between none and all of it, as the first differences show
+    assert (residuals[0] - residuals[1]).norm() < (residuals[0] - residuals[2]).norm()

@@ -87,9 +87,7 @@ def test_top_p_keeps_at_least_p_and_always_the_likeliest(top_p: float, seed: int
     for row, ids in zip(probabilities[0], kept(filtered), strict=True):
         assert int(row.argmax()) in ids
         assert float(row[ids].sum()) >= top_p - 1e-5
-        assert min(float(row[i]) for i in ids) >= max(
-            (float(row[i]) for i in range(12) if i not in ids), default=0
-        )
+        assert min(float(row[i]) for i in ids) >= max((float(row[i]) for i in range(12) if i not in ids), default=0)
 
 
 def test_the_released_top_k_is_600_and_from_scale_7_on_300() -> None:
@@ -221,3 +219,11 @@ def test_settings_outside_their_range_are_refused_in_one_line(values: dict) -> N
 def test_settings_survive_json() -> None:
     chosen = SamplingSettings(guidance=2.0, top_k=7, smoothing=True, diffusion_steps=3)
     assert from_dict(SamplingSettings, to_dict(chosen)) == chosen
+
+
+@pytest.mark.parametrize(
+    "values", [{"residual_guidance": -1.0}, {"residual_temperature": -0.1}, {"residual_temperature": 11.0}]
+)
+def test_residual_settings_out_of_range_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="outside"):
+        SamplingSettings(**values)  # type: ignore[arg-type]

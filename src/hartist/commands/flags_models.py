@@ -66,6 +66,15 @@ def add_generate(commands: Any) -> None:
     )
     group.add_argument("--no-residual", dest="residual", action="store_const", const=False, help="discrete tokens only")
     group.add_argument("--diffusion-steps", type=int, metavar="N", help="denoising steps of the residual tokens")
+    group.add_argument(
+        "--residual-guidance", type=float, metavar="X", help="guidance of the residual tokens alone, 0 for none"
+    )
+    group.add_argument(
+        "--residual-temperature",
+        type=float,
+        metavar="X",
+        help="noise between denoising steps, 1 as trained, 0 for none",
+    )
     group.add_argument("--size", metavar="N|HxW", help="pixels of the images; only the model's own size is possible")
     group.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="images made at once (default: %(default)s)"

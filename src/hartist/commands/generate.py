@@ -23,7 +23,17 @@ from hartist.generation.sampling import SamplingSettings
 from hartist.pixels import grid_image
 
 MAX_IMAGES = 10_000
-SETTINGS = ("guidance", "top_k", "top_p", "temperature", "smoothing", "residual", "diffusion_steps")
+SETTINGS = (
+    "guidance",
+    "top_k",
+    "top_p",
+    "temperature",
+    "smoothing",
+    "residual",
+    "diffusion_steps",
+    "residual_guidance",
+    "residual_temperature",
+)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -95,7 +95,9 @@ def _generate(
         state["vectors"] = vectors_BlC
         if schedule.is_last(k) and settings.residual and hold_last:
             start = clock.now()
-            residual_BlC = residual_tokens(model, hidden, codes_BlC, t if guided else None, settings, noise)
+            if settings.residual_guidance is not None:
+                t = guidance_strength(settings.residual_guidance, k, len(schedule), hold_last=hold_last)
+            residual_BlC = residual_tokens(model, hidden, codes_BlC, t if guided else 0.0, settings, noise)
             vectors_BlC = vectors_BlC + residual_BlC
             state["residual_seconds"] = clock.now() - start
         return vectors_BlC
@@ -134,25 +136,30 @@ def residual_tokens(
     model: ScaleTransformer,
     hidden: Float[Tensor, "r l d"],
     code_BlC: Float[Tensor, "b l c"],
-    t: float | None,
+    t: float,
     settings: SamplingSettings,
     noise: Noise,
 ) -> Float[Tensor, "b l c"]:
-    """Denoise the residual tokens of the last scale; t is None without an unconditional branch."""
+    """Denoise the residual tokens of the last scale, guided with strength t.
+
+    `hidden` holds the conditional rows first, and the unconditional ones too unless t is 0.
+    """
     config = model.config.residual
     assert config is not None
     batch, l, C = code_BlC.shape
-    codes = code_BlC if t is None else torch.cat([code_BlC, code_BlC])
-    z_RlD = model.residual_condition(hidden, codes)
-    if t == 1.0:  # "off", as released: the unconditional rows would be thrown away
-        z_RlD = z_RlD[:batch]
+    off = t in (0.0, 1.0)  # 1 means "off", as released
+    if off:  # unconditional rows would be thrown away
+        z_RlD = model.residual_condition(hidden[:batch], code_BlC)
+    else:
+        z_RlD = model.residual_condition(hidden, torch.cat([code_BlC, code_BlC]))
     tokens_RC = denoise(
         model.residual_mlp,
         z_RlD.flatten(0, 1),
-        1.0 if t is None else t,
+        1.0 if off else t,
         lambda _: noise.normal(l, C),
         respaced_schedule(settings.diffusion_steps or config.steps),
         config.target_scale,
+        settings.residual_temperature,
     )
     return tokens_RC[: batch * l].view(batch, l, C)
 

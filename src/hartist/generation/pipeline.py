@@ -221,7 +221,8 @@ class Pipeline:
         """Images of one or several prompts (class labels for a class-conditional model).
 
         Image i of every prompt has the seed `seed + i`. Further keywords are the fields of
-        SamplingSettings (guidance, top_k, top_p, temperature, smoothing, residual, diffusion_steps).
+        SamplingSettings (guidance, top_k, top_p, temperature, smoothing, residual, diffusion_steps, residual_guidance,
+        residual_temperature).
         """
         prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
         requests = make_requests(prompts, num_images, seed)

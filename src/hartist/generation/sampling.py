@@ -35,6 +35,11 @@ class SamplingSettings:
     diffusion_steps: int | None = None
     """Denoising steps of the residual tokens; None is the model's own number."""
 
+    residual_guidance: float | None = None
+    """Guidance of the residual tokens alone; None uses `guidance`, as released, 0 switches it off."""
+    residual_temperature: float = 1.0
+    """Scale of the noise added between denoising steps; 0 adds none."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.guidance <= 100:
             raise UserError(f"guidance {self.guidance} is outside 0..100; the usual value is 4.5")
@@ -44,6 +49,12 @@ class SamplingSettings:
             raise UserError(f"top-p {self.top_p} is outside 0..1; use 0 to keep all codes")
         if not 0 <= self.temperature <= 100:
             raise UserError(f"temperature {self.temperature} is outside 0..100; 1 is the model as trained")
+        if self.residual_guidance is not None and not 0 <= self.residual_guidance <= 100:
+            raise UserError(f"residual guidance {self.residual_guidance} is outside 0..100; 0 switches it off")
+        if not 0 <= self.residual_temperature <= 10:
+            raise UserError(
+                f"residual temperature {self.residual_temperature} is outside 0..10; 1 is the model as trained"
+            )
         if self.diffusion_steps is not None and not 1 <= self.diffusion_steps <= 1000:
             raise UserError(f"{self.diffusion_steps} diffusion steps; choose between 1 and 1000")
 

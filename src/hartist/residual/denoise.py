@@ -20,6 +20,7 @@ def denoise(
     noise: Callable[[int], Float[Tensor, "_n c"]],
     schedule: NoiseSchedule,
     target_scale: float,
+    temperature: float = 1.0,
 ) -> Float[Tensor, "r c"]:
     """Residual tokens for the rows of conditions `z_RD`, from pure noise, in len(schedule) steps.
 
@@ -29,7 +30,8 @@ def denoise(
     is of use afterwards. Guidance of exactly 1 means "off", as released: rows are independent.
 
     `noise(0)` is the start, `noise(i)` the noise of the i-th step; half as many rows as z serve both
-    branches alike. Everything but the MLP is float32.
+    branches alike. `temperature` scales the noise of the steps, not the start. Everything but the MLP
+    is float32.
     """
     guided = guidance != 1.0
     dtype = mlp.input_proj.weight.dtype
@@ -50,7 +52,7 @@ def denoise(
         x_RC_mean = posterior_mean(x0_RC, x_RC, t_R, schedule)
         if i > 0:
             deviation_RC = torch.exp(0.5 * model_log_variance(v_RC, t_R, schedule))
-            x_RC = x_RC_mean + deviation_RC * _rows(step_noise, rows)
+            x_RC = x_RC_mean + temperature * deviation_RC * _rows(step_noise, rows)
         else:
             x_RC = x_RC_mean
     return x_RC * target_scale

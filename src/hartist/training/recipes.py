@@ -87,5 +87,7 @@ def emoji_generator(steps: int = 5800) -> GeneratorRecipe:
             optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=150, ema_decay=0.999),
             picture_every=800,
         ),
-        sampling=SamplingSettings(guidance=3.0, top_k=100),
+        sampling=SamplingSettings(
+            guidance=3.0, top_k=100, temperature=0.6, residual_guidance=0.0, residual_temperature=0.6
+        ),
     )
