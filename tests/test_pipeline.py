@@ -282,9 +282,7 @@ def test_truncated_tokens_are_counted_per_prompt(pipe: Pipeline) -> None:
 @pytest.mark.parametrize("prompt", ["", "   ", "\n\t", "word " * 10_000, "\udcff cat"])
 def test_prompts_that_cannot_be_drawn_are_refused_before_any_work(pipe: Pipeline, prompt: str) -> None:
     started: list[ScaleResult] = []
-    message = one_line(
-        lambda: list(pipe.generate([Request("a cat", 0), Request(prompt, 0)], callback=started.append))
-    )
+    message = one_line(lambda: list(pipe.generate([Request("a cat", 0), Request(prompt, 0)], callback=started.append)))
     assert "prompt" in message
     assert not started
 
@@ -348,10 +346,7 @@ def test_a_saved_pipeline_makes_identical_pixels(
 def test_bfloat16_weights_take_half_the_space_and_still_draw(pipe: Pipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "half", torch.bfloat16)
     pipe.save_pretrained(tmp_path / "full")
-    sizes = {
-        name: (tmp_path / name / "transformer" / "model.safetensors").stat().st_size
-        for name in ("half", "full")
-    }
+    sizes = {name: (tmp_path / name / "transformer" / "model.safetensors").stat().st_size for name in ("half", "full")}
     assert sizes["half"] < 0.6 * sizes["full"]
     for dtype in ("float32", torch.bfloat16):
         half = Pipeline.from_pretrained(tmp_path / "half", device="cpu", dtype=dtype)
@@ -419,9 +414,7 @@ def test_damaged_and_foreign_models_are_named(text_directory: Path, tmp_path: Pa
     assert str(copy) in message or case == "unfit sampling value"
 
 
-def test_parts_of_different_models_are_refused(
-    text_directory: Path, class_directory: Path, tmp_path: Path
-) -> None:
+def test_parts_of_different_models_are_refused(text_directory: Path, class_directory: Path, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(text_directory, mixed)
     values = json.loads((mixed / "transformer" / "config.json").read_text())

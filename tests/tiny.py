@@ -45,18 +45,14 @@ def write_tiny_text_model(directory: Path, name: str = "tiny-text") -> Path:
         rope="axial",
         residual=ResidualConfig(width=32, depth=2, steps=4, target_scale=0.3),
     )
-    model = LoadedModel(
-        tiny_tokenizer(), tiny_transformer(transformer), encoder, name, SETTINGS, text_encoder_dir=bert
-    )
+    model = LoadedModel(tiny_tokenizer(), tiny_transformer(transformer), encoder, name, SETTINGS, text_encoder_dir=bert)
     save_model(model, directory)
     return directory
 
 
 def write_tiny_class_model(directory: Path, name: str = "tiny-class") -> Path:
     """A class-conditional model (VAR's blocks plus residual MLP) in Hartist's layout, five classes."""
-    save_model(
-        LoadedModel(tiny_tokenizer(), tiny_transformer(class_config()), None, name, SETTINGS), directory
-    )
+    save_model(LoadedModel(tiny_tokenizer(), tiny_transformer(class_config()), None, name, SETTINGS), directory)
     return directory
 
 

@@ -62,6 +62,8 @@ class GeneratorLossConfig:
     """Share of the steps that see the coarse scales only, without the last `coarse_dropped`: what a prompt
     decides lies there, and such a step costs a fraction of a full one."""
     coarse_dropped: int = 2
+    coarse_until: float = 1.0
+    """Share of the run after which every step is a full one."""
     diffusion_repeats: int = 4
     """Independent diffusion times drawn for every residual token."""
     label_smoothing: float = 0.0

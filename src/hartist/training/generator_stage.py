@@ -74,10 +74,10 @@ class GeneratorStage:
 
     def loss(self, step: int) -> StepLoss:
         rows = torch.tensor(batch_indices(len(self.cache.ids_NL), self.run.batch_size, step, self.run.seed))
+        early = step < self.losses.coarse_until * self.run.steps
+        share = self.losses.coarse_share if early else 0.0
         with torch.autocast("cpu", torch.bfloat16, enabled=self.run.bf16):
-            return self.batch_loss(
-                self.cache, rows, dropout=self.losses.condition_dropout, coarse_share=self.losses.coarse_share
-            )
+            return self.batch_loss(self.cache, rows, dropout=self.losses.condition_dropout, coarse_share=share)
 
     def batch_loss(
         self, cache: TokenCache, rows: Int[Tensor, " b"], *, dropout: float = 0.0, coarse_share: float = 0.0

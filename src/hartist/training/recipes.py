@@ -80,7 +80,7 @@ def emoji_generator(steps: int = 5800) -> GeneratorRecipe:
             attention_scale=1.0,
             residual=ResidualConfig(width=256, depth=3, steps=8),
         ),
-        losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5, coarse_share=0.6),
+        losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5, coarse_share=0.6, coarse_until=0.477),
         run=RunConfig(
             steps=steps,
             batch_size=16,
