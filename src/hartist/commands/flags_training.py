@@ -73,7 +73,7 @@ def add_train(commands: Any) -> None:
         "--text-encoder",
         type=Path,
         metavar="DIR",
-        help="a MiniLM or Qwen2 folder (default: the installed MiniLM)",
+        help="a MiniLM or Qwen2 folder (default: the bundled MiniLM)",
     )
     for stage in (tokenizer, generator):
         stage.add_argument("--data", type=Path, required=True, metavar="DIR", help="a captioned image folder")
