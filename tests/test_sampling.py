@@ -134,7 +134,7 @@ def test_temperature_zero_is_greedy_and_needs_no_luck() -> None:
 @given(
     st.integers(1, 16),
     st.floats(0, 1),
-    st.sampled_from([0.0, 0.3, 0.999999, 1 - 2**-53]),
+    st.sampled_from([0.0, 0.3, 0.999999, 1 - 2**-53, 1.0]),
     st.floats(0.1, 3),
     st.integers(0, 1000),
 )

@@ -321,9 +321,10 @@ def test_an_adversarial_run_resumes_with_both_networks(tmp_path: Path) -> None:
     assert len(moments) == 3 * len(list(PatchDiscriminator().parameters()))
 
 
-@pytest.mark.parametrize("dropout", [0.1, 0.0])
-def test_an_interrupted_generator_ends_up_the_same(tmp_path: Path, dropout: float) -> None:
-    run, losses = run_config(4), GeneratorLossConfig(condition_dropout=dropout)
+@pytest.mark.parametrize("coarse_share", [0.0, 0.7])
+def test_an_interrupted_generator_ends_up_the_same(tmp_path: Path, coarse_share: float) -> None:
+    """Also where the first steps give some weights no gradient, and so no moments."""
+    run, losses = run_config(4), GeneratorLossConfig(coarse_share=coarse_share, coarse_until=0.75)
 
     def go(name: str, stop: int | None = None) -> int:
         stage = make_generator_stage(run, tmp_path, losses)
@@ -799,6 +800,20 @@ def test_subsampling_and_residual_weight_reach_the_loss(tmp_path: Path) -> None:
     stage.losses = dataclasses.replace(stage.losses, residual=3.0)
     result = stage.batch_loss(stage.cache, torch.tensor([0, 1]), dropout=0.1)
     assert result.logs["loss"] == pytest.approx(result.logs["cross_entropy"] + 3 * result.logs["residual"], rel=1e-5)
+
+
+def test_a_coarse_step_is_the_loss_of_the_first_scales_alone(tmp_path: Path) -> None:
+    losses = GeneratorLossConfig(subsample_last_scale=False, residual=0.0, coarse_share=1.0, coarse_until=0.5)
+    stage = make_generator_stage(run_config(4), tmp_path, losses)
+    rows = torch.tensor([0, 3, 6])  # images with one caption
+    coarse = stage.batch_loss(stage.cache, rows, coarse_share=1.0)
+    full = stage.batch_loss(stage.cache, rows)
+    assert coarse.logs.keys() == {"coarse_loss", "cross_entropy_0", "cross_entropy_1"}
+    for k in range(2):
+        assert coarse.logs[f"cross_entropy_{k}"] == pytest.approx(full.logs[f"cross_entropy_{k}"], rel=1e-5)
+    first, second = (coarse.logs[f"cross_entropy_{k}"] for k in range(2))
+    assert coarse.loss.item() == pytest.approx((first + 4 * second) / 5, rel=1e-5)  # 1 and 4 tokens
+    assert ["coarse_loss" in stage.loss(step).logs for step in range(4)] == [True, True, False, False]
 
 
 def test_training_sees_a_part_of_a_large_last_scale(tmp_path: Path) -> None:

@@ -75,6 +75,9 @@ def add_train(commands: Any) -> None:
         metavar="DIR",
         help="a MiniLM or Qwen2 folder (default: the bundled MiniLM)",
     )
+    generator.add_argument(
+        "--start-from", metavar="MODEL", help='begin with the weights of this model, "emoji" being the bundled one'
+    )
     for stage in (tokenizer, generator):
         stage.add_argument("--data", type=Path, required=True, metavar="DIR", help="a captioned image folder")
         stage.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")

@@ -68,6 +68,8 @@ def describe(args: argparse.Namespace) -> ModelInfo:
     try:
         path = find_model(args.model)
     except UserError as error:
+        if args.model is None:
+            raise
         raise UserError(f"{error}; presets are {', '.join(PRESETS)}") from error
     config = path / "config.json"
     values = read_json(config) if config.is_file() else None

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from hartist.commands.output import require_writable, use_threads
 from hartist.errors import UserError, quoted
+from hartist.generation.loading import find_model
 from hartist.training import recipes
 from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe
 from hartist.training.run import train_generator, train_tokenizer
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
                 args.out,
                 generator,
                 text_encoder_dir=args.text_encoder,
+                start_from=find_model(args.start_from) if args.start_from is not None else None,
                 progress=not args.quiet,
             ),
         )

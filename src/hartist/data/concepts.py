@@ -45,9 +45,7 @@ _NO_ARTICLE_HEADS_TEXT = """
     sushi, tennis, tokyo tower, unlocked, volleyball, wood, yarn, zzz
 """
 _NO_ARTICLE_HEADS = frozenset(head.strip() for head in _NO_ARTICLE_HEADS_TEXT.split(","))
-_PREPOSITIONS = re.compile(
-    r" (?:with|of|in|on|over|without|and|behind|not|from|between|facing|showing|for|at) "
-)
+_PREPOSITIONS = re.compile(r" (?:with|of|in|on|over|without|and|behind|not|from|between|facing|showing|for|at) ")
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,7 @@ def clean_label(label: str) -> str:
     rest = ["bald head" if d == "bald" else d for d in details if d not in facing and d not in tones]
     if head in ("family", "kiss", "couple with heart") and rest:
         who = _listing(rest)
-        head = {"family": f"family of {who}", "kiss": f"kiss between {who}"}.get(
-            head, f"couple with heart of {who}"
-        )
+        head = {"family": f"family of {who}", "kiss": f"kiss between {who}"}.get(head, f"couple with heart of {who}")
         rest = []
     phrase = f"{head} with {_listing([*tones, *rest])}" if tones or rest else head
     return " ".join([phrase, *facing])
@@ -172,9 +168,7 @@ def with_article(label: str, group: str) -> str | None:
     """
     head = _PREPOSITIONS.split(label, maxsplit=1)[0]
     words = head.split()
-    plural = re.search(r"(?<![siu])s$|^skis$", words[-1]) or {"people", "men", "women", "children"} & set(
-        words
-    )
+    plural = re.search(r"(?<![siu])s$|^skis$", words[-1]) or {"people", "men", "women", "children"} & set(words)
     time = "o'clock" in label or label.endswith("-thirty")
     if group == "symbols" or plural or time or head in _NO_ARTICLE_HEADS or not words[-1].isalpha():
         return None

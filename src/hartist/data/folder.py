@@ -48,9 +48,7 @@ def _parse_row(line: str, where: str, folder: Path) -> CaptionedImage:
         raise UserError(f"{where}: captions must be a list of non-empty strings")
     path = folder / row["file_name"]
     if not path.is_file():
-        raise UserError(
-            f"{where} names {row['file_name']}, which is not in {folder}; add it or remove the line"
-        )
+        raise UserError(f"{where} names {row['file_name']}, which is not in {folder}; add it or remove the line")
     extra = {key: value for key, value in row.items() if key not in ("file_name", "text", "captions")}
     return CaptionedImage(path=path, text=row["text"], captions=tuple(captions), extra=extra)
 

@@ -80,9 +80,7 @@ def _multipliers_from_keys(tensors: Tensors, channels: int) -> tuple[int, ...]:
 # --------------------------------------------------------------------------- transformer
 
 
-def transformer_config(
-    values: Values, tensors: Tensors, tokenizer: TokenizerConfig, where: str
-) -> TransformerConfig:
+def transformer_config(values: Values, tensors: Tensors, tokenizer: TokenizerConfig, where: str) -> TransformerConfig:
     """From the authors' arguments; vocabulary and latent channels are the tokenizer's.
 
     `tensors` may hold the buffer `lvl_1L`, which tells the scales. Raises UserError for unfit values
@@ -133,9 +131,7 @@ def _is_text(values: Values, tensors: Tensors) -> bool:
     return "class_emb.weight" not in tensors
 
 
-def _condition(
-    values: Values, tensors: Tensors, text: bool, defaults: TransformerConfig, where: str
-) -> dict[str, Any]:
+def _condition(values: Values, tensors: Tensors, text: bool, defaults: TransformerConfig, where: str) -> dict[str, Any]:
     """What concerns text or classes alone; the other kind's fields keep our defaults."""
     if not text:
         known = size(tensors, "class_emb.weight", 0, defaults.num_classes + 1) - 1
@@ -171,9 +167,7 @@ def _residual(values: Values, tensors: Tensors, where: str) -> ResidualConfig:
     width = size(tensors, "diffloss.net.input_proj.weight", 0, 1024)
     steps = str(values.get("num_sampling_steps") or "8")
     if not steps.isdecimal() or not 1 <= int(steps) <= 1000:
-        raise UserError(
-            f"{where}: num_sampling_steps {steps!r} is not supported; use a number between 1 and 1000"
-        )
+        raise UserError(f"{where}: num_sampling_steps {steps!r} is not supported; use a number between 1 and 1000")
     return ResidualConfig(
         width=number(values, "diff_width", where, width),
         depth=number(values, "diff_depth", where, depth or 6),
@@ -199,9 +193,7 @@ def sides_from_keys(tensors: Tensors, text: bool, where: str) -> tuple[int, ...]
     for schedule in SCHEDULES:
         if tokens == sum(side**2 for side in schedule):
             return schedule
-    raise UserError(
-        f"{where}: {tokens} positions in 'pos_1LC' are no published schedule; give the scales' sides"
-    )
+    raise UserError(f"{where}: {tokens} positions in 'pos_1LC' are no published schedule; give the scales' sides")
 
 
 def _tokens_per_level(tensors: Tensors) -> list[int]:

@@ -76,9 +76,7 @@ def export_release(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"{out_dir} already exists; choose a new or an empty folder to export to")
     if transformer.config.residual is None:
-        raise UserError(
-            "a model without residual diffusion has no released form; export it as VAR's .pth files"
-        )
+        raise UserError("a model without residual diffusion has no released form; export it as VAR's .pth files")
     values = {"llm": transformer_values(transformer.config), "tokenizer": tokenizer_values(tokenizer.config)}
     tensors = {
         "llm": released_transformer(transformer),
@@ -92,9 +90,7 @@ def export_release(
             _copy(Path(text_encoder_dir), temporary / TEXT_MODEL_NAMES[0])
 
 
-def export_var(
-    tokenizer: HybridTokenizer, transformer: ScaleTransformer, var_pth: Path, vae_pth: Path
-) -> None:
+def export_var(tokenizer: HybridTokenizer, transformer: ScaleTransformer, var_pth: Path, vae_pth: Path) -> None:
     """Write a class model as VAR's two `.pth` files: plain dictionaries of tensors, each written atomically.
 
     Raises UserError for what such files, which hold no configuration, cannot express.

@@ -100,9 +100,7 @@ def _load_release(directory: Path) -> Subject:
 def _load_set(directory: Path) -> Subject:
     path = directory / "config.json"
     values = read_json(path)
-    if not isinstance(values, dict) or not all(
-        isinstance(values.get(n), dict) for n in ("tokenizer", "transformer")
-    ):
+    if not isinstance(values, dict) or not all(isinstance(values.get(n), dict) for n in ("tokenizer", "transformer")):
         raise UserError(f"{path} has no entries 'tokenizer' and 'transformer'; give a folder of a check set")
     source = directory / "tokenizer.safetensors"
     tensors = read_safetensors(source)

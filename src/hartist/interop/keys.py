@@ -70,9 +70,7 @@ _TRANSFORMER = (
     Rule(r"residual_mlp\.condition_embed\.(.+)", r"diffloss.net.cond_embed.\1"),
     Rule(r"residual_mlp\.blocks\.(\d+)\.norm\.(.+)", r"diffloss.net.res_blocks.\1.in_ln.\2"),
     Rule(r"residual_mlp\.blocks\.(\d+)\.mlp\.(.+)", r"diffloss.net.res_blocks.\1.mlp.\2"),
-    Rule(
-        r"residual_mlp\.blocks\.(\d+)\.modulation\.(.+)", r"diffloss.net.res_blocks.\1.adaLN_modulation.1.\2"
-    ),
+    Rule(r"residual_mlp\.blocks\.(\d+)\.modulation\.(.+)", r"diffloss.net.res_blocks.\1.adaLN_modulation.1.\2"),
     Rule(r"residual_mlp\.final\.linear\.(.+)", r"diffloss.net.final_layer.linear.\1"),
     Rule(r"residual_mlp\.final\.modulation\.(.+)", r"diffloss.net.final_layer.adaLN_modulation.1.\1"),
     Rule(r"residual_mlp\.(.+)", r"diffloss.net.\1"),
@@ -118,8 +116,7 @@ def to_released(tensors: Mapping[str, Tensor], rules: tuple[Rule, ...]) -> dict[
     """Our tensors under their released names; views, nothing is copied."""
     names = released_names(tensors, rules)
     return {
-        names[name].key: tensor.reshape(names[name].released_shape(tensor.shape))
-        for name, tensor in tensors.items()
+        names[name].key: tensor.reshape(names[name].released_shape(tensor.shape)) for name, tensor in tensors.items()
     }
 
 

@@ -36,11 +36,7 @@ def number(values: Values, name: str, where: str, default: int, minimum: int = 1
 
 def numbers(values: Values, name: str, where: str, default: tuple[int, ...]) -> tuple[int, ...]:
     value = _value(values, name, default)
-    if (
-        not isinstance(value, list | tuple)
-        or not value
-        or any(not isinstance(n, int) or n < 1 for n in value)
-    ):
+    if not isinstance(value, list | tuple) or not value or any(not isinstance(n, int) or n < 1 for n in value):
         raise UserError(f"{where}: {name} is {value!r}; it must be a list of whole numbers of at least 1")
     return tuple(value)
 

@@ -54,9 +54,7 @@ def load_release(
     directory = Path(directory)
     for name in ("llm", "tokenizer"):
         if not (directory / name).is_dir():
-            raise UserError(
-                f"{directory} has no folder {name!r}; give the folder that holds llm/ and tokenizer/"
-            )
+            raise UserError(f"{directory} has no folder {name!r}; give the folder that holds llm/ and tokenizer/")
     folder = directory / "tokenizer"
     transformer_values = read_values(directory / "llm")
     values = _with_schedule(read_values(folder), transformer_values.get("patch_nums"))
@@ -101,8 +99,6 @@ def _transformer_weights(folder: Path, ema: bool) -> tuple[dict[str, Tensor], Pa
 def _text_model(directory: Path, given: Path | None) -> Path | None:
     if given is not None:
         if not Path(given).is_dir():
-            raise UserError(
-                f"the text model {given} is not a directory; give one with config.json and weights"
-            )
+            raise UserError(f"the text model {given} is not a directory; give one with config.json and weights")
         return Path(given)
     return next((directory / name for name in TEXT_MODEL_NAMES if (directory / name).is_dir()), None)

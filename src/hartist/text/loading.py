@@ -28,9 +28,7 @@ def load_text_encoder(
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise UserError(
-            f"the text model {directory} is not a directory; give one with config.json and weights"
-        )
+        raise UserError(f"the text model {directory} is not a directory; give one with config.json and weights")
     model_type = read_config(directory).get("model_type")
     if model_type == "bert":
         return minilm.load_minilm(directory, num_tokens=num_tokens or minilm.MINILM_NUM_TOKENS, device=device)

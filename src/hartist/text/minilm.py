@@ -129,9 +129,7 @@ def load_minilm(
     config = _bert_config(read_config(directory), config_path)
     limit = config.max_position_embeddings
     if num_tokens > limit:
-        raise UserError(
-            f"num_tokens = {num_tokens} is more than the {limit} positions of {directory}; lower it"
-        )
+        raise UserError(f"num_tokens = {num_tokens} is more than the {limit} positions of {directory}; lower it")
     weights = _used_weights(directory)
     if round_to is not None:
         weights = {name: tensor.to(round_to) for name, tensor in weights.items()}
@@ -166,9 +164,7 @@ def save_minilm(source: Path | str, target: Path | str, dtype: torch.dtype = tor
             weights[name] = tensor.to(torch.float16 if dtype == torch.int8 else dtype).contiguous()
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
-            raise UserError(
-                f"{name} in {source / 'model.safetensors'} does not fit into {dtype}; use a wider type"
-            )
+            raise UserError(f"{name} in {source / 'model.safetensors'} does not fit into {dtype}; use a wider type")
     with atomic_directory(target) as directory:
         try:
             for name in ("config.json", "tokenizer.json"):
@@ -249,8 +245,6 @@ def _bert_config(values: dict[str, Any], path: Path) -> Any:
     )
     try:
         # Eager attention: plain matrix products, the same on every backend.
-        return BertConfig(
-            **{name: values[name] for name in fields if name in values}, attn_implementation="eager"
-        )
+        return BertConfig(**{name: values[name] for name in fields if name in values}, attn_implementation="eager")
     except Exception as error:  # the library checks the types of the values in its own ways
         raise UserError(f"{path} is not a BERT configuration ({error}); download it again") from error

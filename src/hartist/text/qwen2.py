@@ -178,9 +178,7 @@ def _language_config(values: dict[str, Any], path: Path) -> Any:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope"):
-        raise UserError(
-            f"{path} asks for the rotary embedding {rope_type!r}; only the default one is supported"
-        )
+        raise UserError(f"{path} asks for the rotary embedding {rope_type!r}; only the default one is supported")
     theta = rope.get("rope_theta", text.get("rope_theta", 1e6 if is_vision_language else 1e4))
     try:
         fields = {name: text[name] for name in _SHARED_CONFIG_FIELDS if name in text}

@@ -34,14 +34,10 @@ def read_tokenizer(path: Path, num_tokens: int, vocab_size: int) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{path} is not a tokenizer ({error}); download or write it again") from error
     if max(tokenizer.get_vocab().values(), default=0) >= vocab_size:
-        raise UserError(
-            f"{path} has more tokens than the {vocab_size} of the model; use the model's own tokenizer"
-        )
+        raise UserError(f"{path} has more tokens than the {vocab_size} of the model; use the model's own tokenizer")
     room = num_tokens - tokenizer.num_special_tokens_to_add(is_pair=False)
     if room < 1:
-        raise UserError(
-            f"num_tokens = {num_tokens} leaves no room for words beside the special tokens; raise it"
-        )
+        raise UserError(f"num_tokens = {num_tokens} leaves no room for words beside the special tokens; raise it")
     # Padding is ours (see pad_rows): with the library's, dropped tokens could not be counted.
     tokenizer.no_padding()
     tokenizer.enable_truncation(num_tokens)

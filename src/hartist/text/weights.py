@@ -49,9 +49,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
-def build_with_weights(
-    build: Callable[[], nn.Module], weights: Mapping[str, Tensor], source: Path
-) -> nn.Module:
+def build_with_weights(build: Callable[[], nn.Module], weights: Mapping[str, Tensor], source: Path) -> nn.Module:
     """Build a module and give it `weights`, which must match it name for name and shape for shape.
 
     The module is built without storage, so neither time nor random numbers go into an

@@ -35,9 +35,7 @@ class HybridTokenizer(nn.Module):
         dtype = self.quant_conv.weight.dtype
         return self.quant_conv(self.encoder(image.to(dtype))).float()
 
-    def encode(
-        self, image: Float[Tensor, "b 3 ih iw"], schedule: ScaleSchedule | None = None
-    ) -> HybridTokens:
+    def encode(self, image: Float[Tensor, "b 3 ih iw"], schedule: ScaleSchedule | None = None) -> HybridTokens:
         """Hybrid tokens of an image whose side is the finest grid times `config.downsampling`."""
         return self.quantizer.encode(self.encode_latent(image), schedule)
 

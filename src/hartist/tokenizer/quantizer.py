@@ -83,9 +83,7 @@ class Quantizer(nn.Module):
         h, w = (schedule or self.schedule).finest
         return torch.zeros(batch, self.codebook.shape[1], h, w, device=self.codebook.device)
 
-    def encode(
-        self, f_BChw: Float[Tensor, "b c h w"], schedule: ScaleSchedule | None = None
-    ) -> HybridTokens:
+    def encode(self, f_BChw: Float[Tensor, "b c h w"], schedule: ScaleSchedule | None = None) -> HybridTokens:
         """Hybrid encode: ids of every scale and the residual tokens; φ is not applied at the last scale."""
         schedule = schedule or self.schedule
         rest_BChw = f_BChw.float()

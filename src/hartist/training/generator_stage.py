@@ -198,4 +198,3 @@ def residual_scale(cache: TokenCache, quantizer: Quantizer) -> float:
     residual = (cache.last_scale_NmC - codes_NmC).abs().flatten()
     rank = max(1, int(0.999 * len(residual)))
     return float(f"{residual.kthvalue(rank).values.item() / 0.8:.2g}")
-

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from hartist.checkpoint import check_keys, read_weights
 from hartist.errors import UserError
 from hartist.generation.checkpoint import LoadedModel
 from hartist.generation.loading import find_model
@@ -38,12 +39,14 @@ def train_generator(
     recipe: GeneratorRecipe,
     *,
     text_encoder_dir: Path | None = None,
+    start_from: Path | None = None,
     progress: bool = True,
 ) -> int:
     """Train a text-conditional generator; returns the number of finished steps. The result is in out/model.
 
     Without `text_encoder_dir` the bundled model's MiniLM encodes the captions. Tokens and text states
-    are computed once, into out/cache.
+    are computed once, into out/cache. `start_from` is a model whose transformer weights the run begins
+    with, instead of random ones; it must have the recipe's configuration and fit the tokenizer.
     """
     tokenizer = load_tokenizer(tokenizer_dir)
     text_encoder_dir = text_encoder_dir or find_model(None) / "text_encoder"
@@ -72,6 +75,10 @@ def train_generator(
     torch.manual_seed(recipe.run.seed)
     transformer = ScaleTransformer(config)
     transformer.initialise()
+    if start_from is not None:
+        weights = read_weights(start_from / "transformer", torch.float32)
+        check_keys(transformer.state_dict(), weights, str(start_from))
+        transformer.load_state_dict(weights)
     model = LoadedModel(
         tokenizer, transformer, encoder, recipe.name, settings=recipe.sampling, text_encoder_dir=text_encoder_dir
     )
@@ -87,4 +94,3 @@ def _check_recipe(recipe: GeneratorRecipe, sides: tuple[object, ...]) -> None:
         raise UserError(
             f"the tokenizer was trained for the scales {list(sides)}, the recipe has {list(recipe.transformer.sides)}"
         )
-

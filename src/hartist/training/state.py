@@ -65,14 +65,11 @@ def load_state(
         return 0
     meta = read_json(directory / "state.json")
     if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
-        raise UserError(
-            f"{directory / 'state.json'} is damaged (no step in it); delete the folder to start over"
-        )
+        raise UserError(f"{directory / 'state.json'} is damaged (no step in it); delete the folder to start over")
     for key, value in info.items():
         if meta.get(key) != value:
             raise UserError(
-                f"{directory} holds a run with another {key}; "
-                "resume it with its own settings or choose another --out"
+                f"{directory} holds a run with another {key}; resume it with its own settings or choose another --out"
             )
     path = directory / "state.safetensors"
     try:
@@ -99,13 +96,9 @@ def _restore_moments(
     saved = {key: tensors[prefix + key] for key in MOMENTS if prefix + key in tensors}
     if not saved:
         return  # this parameter had no gradient yet
-    wrong = [
-        key for key in MOMENTS if key not in saved or saved[key].shape != (() if key == "step" else p.shape)
-    ]
+    wrong = [key for key in MOMENTS if key not in saved or saved[key].shape != (() if key == "step" else p.shape)]
     if wrong:
-        raise UserError(
-            f"{path} is damaged (no {prefix}{wrong[0]} that fits); delete the folder to start over"
-        )
+        raise UserError(f"{path} is damaged (no {prefix}{wrong[0]} that fits); delete the folder to start over")
     # In the parameter's own memory layout: the fused optimiser walks through both side by side.
     moments = {key: torch.empty_like(p).copy_(saved[key]).detach() for key in MOMENTS[1:]}
     optimizer.state[p] = {"step": saved["step"].clone(), **moments}

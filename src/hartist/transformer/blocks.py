@@ -131,9 +131,7 @@ class Head(nn.Module):
         self.modulation = Linear(config.width, 2 * config.width)
         self.linear = Linear(config.width, config.vocab_size)
 
-    def forward(
-        self, hidden_BlD: Float[Tensor, "b l d"], condition_BD: Float[Tensor, "b d"]
-    ) -> Float[Tensor, "b l v"]:
+    def forward(self, hidden_BlD: Float[Tensor, "b l d"], condition_BD: Float[Tensor, "b d"]) -> Float[Tensor, "b l v"]:
         s_BD, b_BD = self.modulation(F.silu(condition_BD)).float().chunk(2, -1)
         y_BlD = self.norm(hidden_BlD.float()) * (1 + s_BD[:, None]) + b_BD[:, None]
         with torch.autocast(y_BlD.device.type, enabled=False):
