@@ -3,8 +3,7 @@
 
 demo:
 	@scripts/setup.sh
-	@.venv/bin/hartist generate "red apple, 3d" "smiling cat with heart-eyes, flat" "birthday cake, noto" \
-		"sailboat, 3d" -n 2 --seed 7 -o out/demo --save-scales
+	@.venv/bin/hartist generate "red apple, 3d" "sunflower, flat" "watermelon, noto" "red heart, 3d" -n 2 --seed 7 -o out/demo --save-scales
 	@echo "Look at out/demo/contact_sheet.png"
 
 test: lint

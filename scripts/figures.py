@@ -25,15 +25,15 @@ SEED = 7
 PROMPTS = [
     "red apple, 3d",
     "grinning face, flat",
-    "dog face, noto",
-    "birthday cake, 3d",
     "sunflower, flat",
-    "sailboat, noto",
+    "auto rickshaw, flat",
+    "cherry blossom, 3d",
+    "penguin, noto",
     "red heart, 3d",
     "pizza, flat",
-    "police car, noto",
-    "penguin, 3d",
-    "smiling face with sunglasses, flat",
+    "watermelon, noto",
+    "snowman, 3d",
+    "frog, flat",
     "jack-o-lantern, noto",
 ]
 COLUMNS = 6

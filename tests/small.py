@@ -151,9 +151,7 @@ def pictures(count: int, seed: int = 0, side: int = 32) -> Tensor:
 
 def image_set(count: int, seed: int = 0) -> ImageSet:
     """Pictures with one, two or three captions each."""
-    captions = [
-        tuple(f"shape {i} {word}" for word in ("red", "big", "flat")[: 1 + i % 3]) for i in range(count)
-    ]
+    captions = [tuple(f"shape {i} {word}" for word in ("red", "big", "flat")[: 1 + i % 3]) for i in range(count)]
     items = [CaptionedImage(Path(f"{i}.png"), own[0], own) for i, own in enumerate(captions)]
     return ImageSet(pictures(count, seed), items, fingerprint=f"pictures-{count}-{seed}")
 
@@ -190,9 +188,7 @@ def make_generator_stage(
         losses or GeneratorLossConfig(),
         run,
         build_token_cache(folder / "train.safetensors", image_set(10), tokenizer, encoder, progress=False),
-        build_token_cache(
-            folder / "validation.safetensors", image_set(3, seed=1), tokenizer, encoder, progress=False
-        ),
+        build_token_cache(folder / "validation.safetensors", image_set(3, seed=1), tokenizer, encoder, progress=False),
         LoadedModel(tokenizer, transformer, encoder, "tiny"),
         "pictures",
         ["shape 1 red", "shape 2"],

@@ -171,9 +171,7 @@ def test_nothing_is_unpickled_but_by_weights_only() -> None:
             if not isinstance(node, ast.Call):
                 continue
             called, options = ast.unparse(node.func), [ast.unparse(keyword) for keyword in node.keywords]
-            if called.startswith("pickle.") or (
-                called == "torch.load" and "weights_only=True" not in options
-            ):
+            if called.startswith("pickle.") or (called == "torch.load" and "weights_only=True" not in options):
                 loose.append(f"{name}:{node.lineno}")
     assert not loose
 

@@ -82,9 +82,7 @@ def test_not_a_number_fails(copy: Callable) -> None:
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.9, True), (1.1, False)])
-def test_the_tolerance_is_relative_to_the_largest_expected_value(
-    copy: Callable, share: float, passes: bool
-) -> None:
+def test_the_tolerance_is_relative_to_the_largest_expected_value(copy: Callable, share: float, passes: bool) -> None:
     folder = copy("var")
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -121,9 +119,7 @@ def test_a_key_whose_inputs_are_absent_is_a_failure(copy: Callable) -> None:
 
 def test_a_wrong_shape_fails(copy: Callable) -> None:
     folder = copy("var")
-    edit(
-        folder / "expected.safetensors", lambda tensors: tensors.update({"ar.fhat": torch.zeros(2, 8, 4, 4)})
-    )
+    edit(folder / "expected.safetensors", lambda tensors: tensors.update({"ar.fhat": torch.zeros(2, 8, 4, 4)}))
     found = row(check_folder(folder), "ar.fhat")
     assert not found.passed
     assert "shape" in found.note

@@ -211,9 +211,7 @@ class TestBuild:
             "1f1ef-1f1f5_3d": "flag of japan, 3d",
         }
         assert {n for n, i in full.items() if i.extra["skin_tone"]} == {f"1f44b-1f3ff_{s}" for s in STYLES}
-        assert all(
-            full[name].extra == image.extra for name, image in plain.items()
-        )  # the split has not moved
+        assert all(full[name].extra == image.extra for name, image in plain.items())  # the split has not moved
 
     def test_replaces_its_own_folder_only(self, packages: Path, tmp_path: Path) -> None:
         _build(tmp_path / "out", packages)
@@ -227,9 +225,7 @@ class TestBuild:
             _build(other, packages)
         assert (other / "thesis.txt").read_text() == "mine"
 
-    def test_failure_leaves_nothing(
-        self, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_failure_leaves_nothing(self, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*_: object) -> Image.Image:
             raise UserError("no")
 
@@ -309,9 +305,7 @@ class TestNpm:
             sources.obtain(sources.NOTO)
         assert "\n" not in str(caught.value)
 
-    def test_other_bytes_than_pinned_are_refused(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_other_bytes_than_pinned_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._npm(tmp_path, monkeypatch, f'echo other > "$4/{sources.NOTO.tarball}"')
         with pytest.raises(UserError, match="sha256"):
             sources.obtain(sources.NOTO)
@@ -363,9 +357,7 @@ def test_resizing_keeps_proportions_and_bleeds_no_hidden_colour() -> None:
 @pytest.mark.usefixtures("needs_svg")
 def test_icons_that_are_not_square_are_centred() -> None:
     body = '<path d="M0 0h32v33H0z"/>'
-    svg = render.icon_svg(
-        {"icons": {"tall": {"body": body, "height": 33}}, "width": 32, "height": 32}, "tall"
-    )
+    svg = render.icon_svg({"icons": {"tall": {"body": body, "height": 33}}, "width": 32, "height": 32}, "tall")
     assert 'viewBox="-0.5 0 33 33"' in svg
     pixels = np.asarray(render.render_svg(svg, 66))
     assert pixels.shape == (66, 66, 3)

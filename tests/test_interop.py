@@ -40,9 +40,7 @@ from hartist.transformer.model import ScaleTransformer
 
 RELEASE = Path(__file__).parent / "parity" / "release_layout"
 
-TOKENIZER = TokenizerConfig(
-    vocab_size=24, latent_channels=4, channels=32, channel_multipliers=(1, 2), sides=(1, 2, 4)
-)
+TOKENIZER = TokenizerConfig(vocab_size=24, latent_channels=4, channels=32, channel_multipliers=(1, 2), sides=(1, 2, 4))
 TEXT = TransformerConfig(
     sides=(1, 2, 4),
     vocab_size=24,
@@ -345,9 +343,7 @@ def test_one_tokenizer_serves_another_schedule(release: Path) -> None:
 def test_missing_parts_of_a_release_are_named(release: Path) -> None:
     shutil.rmtree(release / "text_model")
     assert load_release(release).text_encoder_path is None
-    assert (
-        load_release(release, text_model=RELEASE / "text_model").text_encoder_path == RELEASE / "text_model"
-    )
+    assert load_release(release, text_model=RELEASE / "text_model").text_encoder_path == RELEASE / "text_model"
     with pytest.raises(UserError, match="elsewhere"):
         load_release(release, text_model=release / "elsewhere")
     shutil.rmtree(release / "tokenizer")
@@ -413,9 +409,7 @@ def test_the_tiny_release_comes_back_with_every_key(tmp_path: Path) -> None:
     written = load_file(tmp_path / "out" / "tokenizer" / "model.safetensors")
     assert written.keys() == {key for key in original if not key.startswith("disc.")}
     for folder in ("llm", "tokenizer"):
-        given, made = (
-            json.loads((root / folder / "config.json").read_text()) for root in (RELEASE, tmp_path / "out")
-        )
+        given, made = (json.loads((root / folder / "config.json").read_text()) for root in (RELEASE, tmp_path / "out"))
         assert {key: given[key] for key in made} == made
 
 
@@ -527,9 +521,7 @@ def test_vars_files_name_what_is_wrong_with_them(tmp_path: Path) -> None:
         (dataclasses.replace(VAR, norm_eps=1e-5), "norm_eps"),
     ],
 )
-def test_what_vars_files_cannot_express_is_refused(
-    tmp_path: Path, config: TransformerConfig, message: str
-) -> None:
+def test_what_vars_files_cannot_express_is_refused(tmp_path: Path, config: TransformerConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         export_var(*random_pair(TOKENIZER, config), tmp_path / "var.pth", tmp_path / "vae.pth")
     assert not list(tmp_path.iterdir())

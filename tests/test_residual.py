@@ -212,9 +212,7 @@ def test_the_variance_does_not_pull_at_the_mean() -> None:
 
 @settings(deadline=None)
 @given(*(st.floats(-3, 3) for _ in range(4)))
-def test_kl_is_never_negative_and_zero_only_for_the_same_normal(
-    a: float, b: float, c: float, d: float
-) -> None:
+def test_kl_is_never_negative_and_zero_only_for_the_same_normal(a: float, b: float, c: float, d: float) -> None:
     mean1, log1, mean2, log2 = (torch.tensor(v, dtype=torch.float64) for v in (a, b, c, d))
     kl = float(normal_kl(mean1, log1, mean2, log2))
     reference = torch.distributions.kl_divergence(

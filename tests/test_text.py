@@ -191,9 +191,7 @@ def test_the_packaged_instruction_is_the_released_one_to_the_letter() -> None:
 @pytest.mark.parametrize(
     ("use_instruction", "key"), [(True, "text.context"), (False, "text.context_without_instruction")]
 )
-def test_qwen2_matches_the_release(
-    expected: dict[str, torch.Tensor], use_instruction: bool, key: str
-) -> None:
+def test_qwen2_matches_the_release(expected: dict[str, torch.Tensor], use_instruction: bool, key: str) -> None:
     encoder = load_qwen2(RELEASE / "text_model", use_instruction=use_instruction)
     context = encoder.encode(release_prompts())
     assert torch.equal(encoder.token_ids(release_prompts()).int(), expected["text.token_ids"])
@@ -270,9 +268,7 @@ def test_the_language_model_is_taken_out_of_a_qwen2_vl_checkpoint(tmp_path: Path
     if layout == "as saved today":
         model.save_pretrained(tmp_path)
     else:  # a flat configuration, `visual.` beside `model.`
-        (tmp_path / "config.json").write_text(
-            json.dumps({"model_type": "qwen2_vl", "vision_config": vision, **text})
-        )
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vision_config": vision, **text}))
         weights = {"lm_head.weight": model.lm_head.weight.detach().clone()}
         weights |= {f"model.{n}": t.clone() for n, t in model.model.language_model.state_dict().items()}
         weights |= {f"visual.{n}": t.clone() for n, t in model.model.visual.state_dict().items()}

@@ -128,9 +128,7 @@ def test_nearest_codes_agrees_with_brute_force(seed: int, codes: int) -> None:
 
 def test_the_first_of_equally_near_codes_is_taken() -> None:
     codebook = torch.tensor([[4.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
-    assert nearest_codes(torch.tensor([[[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]]), codebook).tolist() == [
-        [1, 1, 2]
-    ]
+    assert nearest_codes(torch.tensor([[[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]]), codebook).tolist() == [[1, 1, 2]]
 
 
 def test_maps_and_tokens_are_each_others_inverse_in_row_order() -> None:

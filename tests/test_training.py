@@ -350,7 +350,7 @@ def test_a_killed_process_resumes_to_the_same_weights(uninterrupted: Path, tmp_p
         "run = run_config(8)\n"
         "stage = make_tokenizer_stage(run, TokenizerLossConfig(continuous_steps=2, revive_every=3))\n"
         "batch = stage.batch\n"
-        "stage.batch = lambda step: (time.sleep(60 if step > 3 else 0), batch(step))[1]\n"
+        "stage.batch = lambda step: (time.sleep(600 if step > 3 else 0), batch(step))[1]\n"
         "object.__setattr__(run, 'checkpoint_seconds', 0)\n"
         "train(stage, run, Path(sys.argv[1]), progress=False)\n"
     )
@@ -366,7 +366,7 @@ def test_a_killed_process_resumes_to_the_same_weights(uninterrupted: Path, tmp_p
             return 0
 
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while process.poll() is None and finished_steps() < 4 and time.monotonic() < until:
             time.sleep(0.02)
     finally:

@@ -54,9 +54,7 @@ def inputs_for(model: ScaleTransformer, rows: int = 2, seed: int = 3) -> Tensor:
     return normal(rows, sum(model.schedule.lengths[1:]), 4, seed=seed)
 
 
-def cached_pass(
-    model: ScaleTransformer, condition: Condition, input_BLC: Tensor, cache: KVCache
-) -> list[Tensor]:
+def cached_pass(model: ScaleTransformer, condition: Condition, input_BLC: Tensor, cache: KVCache) -> list[Tensor]:
     """Hidden states scale by scale, as generation computes them."""
     inputs = [None, *input_BLC.split(model.schedule.lengths[1:], 1)]
     with torch.inference_mode():
@@ -122,9 +120,7 @@ def test_a_cache_gives_back_what_was_put_in_layer_by_layer() -> None:
 # --------------------------------------------------------------------- subsampling
 
 
-@pytest.mark.parametrize(
-    "name", ["released", "axial", "absolute", "rectangles, axial, l2 norm", "var", "rope"]
-)
+@pytest.mark.parametrize("name", ["released", "axial", "absolute", "rectangles, axial, l2 norm", "var", "rope"])
 def test_all_cells_kept_in_any_order_is_the_full_pass(name: str) -> None:
     model = random_transformer(**VARIANTS[name])
     condition, inputs = model.prepare(condition_for(model)), inputs_for(model)
@@ -244,9 +240,7 @@ def test_each_step_embedding_belongs_to_one_scale(name: str) -> None:
 def test_position_ids_of_the_text_shift_the_image() -> None:
     schedule = ScaleSchedule.from_sides(RECTANGLES)
     coordinates = cell_coordinates(schedule, 2)
-    torch.testing.assert_close(
-        coordinates, torch.tensor([[i * 1.5, j * 5 / 3] for i in range(2) for j in range(3)])
-    )
+    torch.testing.assert_close(coordinates, torch.tensor([[i * 1.5, j * 5 / 3] for i in range(2) for j in range(3)]))
     for form in ("released", "axial"):
         shifted = rope_image(coordinates, torch.tensor([7]), 16, form)
         moved = rope_image(coordinates + 7, torch.tensor([0]), 16, form)
@@ -294,8 +288,7 @@ def test_axial_rope_keeps_lengths_and_the_released_form_has_neither_property() -
 
     x, at = normal(1, 1, 1, 16), torch.tensor([[3.0, 10.0]])
     lengths = {
-        form: float(apply_rope(x, rope_image(at, torch.tensor([0]), 16, form)).norm())
-        for form in ("axial", "released")
+        form: float(apply_rope(x, rope_image(at, torch.tensor([0]), 16, form)).norm()) for form in ("axial", "released")
     }
     assert lengths["axial"] == pytest.approx(float(x.norm()), rel=1e-5)
     assert abs(lengths["released"] - float(x.norm())) > 0.01

@@ -88,6 +88,6 @@ def emoji_generator(steps: int = 5800) -> GeneratorRecipe:
             picture_every=800,
         ),
         sampling=SamplingSettings(
-            guidance=3.0, top_k=100, temperature=0.6, residual_guidance=0.0, residual_temperature=0.6
+            guidance=2.0, top_k=100, temperature=0.5, residual_guidance=0.0, residual_temperature=0.5
         ),
     )
