@@ -35,7 +35,8 @@ def ids_and_pixels(pipe: Pipeline, requests: list[Request]) -> list[tuple[list[i
     return [(row.tolist(), np.asarray(image)) for row, image in zip(torch.cat(ids, 1), images, strict=True)]
 
 
-def check_same_alone_and_in_batches(pipe: Pipeline, count: int) -> None:
+def test_same_seed_same_picture_alone_and_beside_others_for_a_hundred_images(pipe: Pipeline) -> None:
+    count = 100
     requests = [Request(PROMPTS[i % len(PROMPTS)], 1000 + i) for i in range(count)]
     for start in range(0, count, 4):
         batch = requests[start : start + 4]
@@ -43,15 +44,6 @@ def check_same_alone_and_in_batches(pipe: Pipeline, count: int) -> None:
             ((alone_ids, alone_pixels),) = ids_and_pixels(pipe, [request])
             assert ids == alone_ids, request
             assert np.abs(pixels.astype(int) - alone_pixels.astype(int)).max() <= 1, request
-
-
-def test_same_seed_same_picture_alone_and_beside_others(pipe: Pipeline) -> None:
-    check_same_alone_and_in_batches(pipe, 12)
-
-
-@pytest.mark.slow
-def test_same_seed_same_picture_for_a_hundred_images(pipe: Pipeline) -> None:
-    check_same_alone_and_in_batches(pipe, 100)
 
 
 def test_byte_equal_pngs_in_a_second_process(tmp_path: Path) -> None:

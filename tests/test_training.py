@@ -23,10 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hartist.checkpoint import read_safetensors
+from hartist.config import ResidualConfig
 from hartist.errors import UserError
 from hartist.files import recover_directory
 from hartist.generation.checkpoint import LoadedModel, load_transformer
 from hartist.pixels import from_uint8, to_uint8
+from hartist.residual.loss import diffusion_loss
 from hartist.text.encoder import TextContext, TextEncoder, unconditional_context
 from hartist.tokenizer.checkpoint import load_tokenizer
 from hartist.tokenizer.residual_loop import nearest_codes
@@ -520,6 +522,26 @@ def test_few_validation_images_still_make_a_picture(tmp_path: Path, count: int) 
     assert all(math.isfinite(value) for value in figures.values())
 
 
+@torch.no_grad()
+def test_the_decoder_sees_the_latent_in_hybrid_steps_and_the_codes_alone_in_discrete_ones() -> None:
+    stage = make_tokenizer_stage(run_config(20))
+    tokenizer = stage.tokenizer
+    seen: list[Tensor] = []
+    tokenizer.post_quant_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    paths = set()
+    for step in range(8):
+        hits = stage.hits_V.clone()
+        path = "hybrid" if "l1_hybrid" in stage.tokenizer_loss(step).logs else "discrete"
+        paths.add(path)
+        latent = stage.latent_BChw
+        assert latent is not None
+        ids = tokenizer.quantizer.encode(latent).ids
+        wanted = latent if path == "hybrid" else tokenizer.quantizer.dequantize_discrete(ids)
+        torch.testing.assert_close(seen[-1], wanted, rtol=0, atol=1e-5)
+        assert torch.equal(stage.hits_V - hits, torch.cat(ids, 1).flatten().bincount(minlength=32))
+    assert paths == {"hybrid", "discrete"}
+
+
 def test_the_codebook_starts_on_latents_and_dead_codes_are_revived() -> None:
     run = run_config(20)
     stage = make_tokenizer_stage(run, TokenizerLossConfig(continuous_steps=2, revive_every=3))
@@ -541,6 +563,7 @@ def test_the_codebook_starts_on_latents_and_dead_codes_are_revived() -> None:
         stage.hits_V[:20] = 0
         alive = codebook[stage.hits_V > 0].clone()
         hits = stage.hits_V.clone()
+        assert hits.sum() > 0
         stage.after_step(5)  # the third step of a window
     assert codebook.abs().max() < 100
     assert torch.equal(codebook[hits > 0], alive)
@@ -764,15 +787,17 @@ def test_training_a_generator_reduces_its_loss(tmp_path: Path) -> None:
     torch.testing.assert_close(exported.head.linear.weight, average, rtol=0.01, atol=0.01)
 
 
-def test_the_generators_loss_is_the_cross_entropy_of_a_plain_pass(tmp_path: Path) -> None:
-    """Without dropout, subsampling and residual tokens nothing is random but the caption."""
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_the_generators_loss_is_the_cross_entropy_of_a_plain_pass(tmp_path: Path, dropout: float) -> None:
+    """Without subsampling and residual tokens nothing is random but the caption and whether it is dropped."""
     losses = GeneratorLossConfig(condition_dropout=0.0, subsample_last_scale=False, residual=0.0)
     stage = make_generator_stage(run_config(1), tmp_path, losses)
     rows = torch.tensor([0, 3, 6])  # images with one caption
-    result = stage.batch_loss(stage.cache, rows, dropout=0.0)
+    result = stage.batch_loss(stage.cache, rows, dropout=dropout)
     transformer, quantizer = stage.transformer, stage.tokenizer.quantizer
     ids = stage.cache.ids_NL[rows].long().split(transformer.schedule.lengths, 1)
-    condition = transformer.prepare(stage.cache.context(stage.cache.first_caption_N[rows]))
+    context = stage.cache.context(stage.cache.first_caption_N[rows])
+    condition = transformer.prepare(unconditional_context(context) if dropout else context)
     hidden = transformer.forward_all(quantizer.teacher_forcing_input(ids), condition).hidden_BTD
     chances = transformer.logits(hidden, condition).log_softmax(-1)
     wanted = -chances.gather(-1, torch.cat(ids, 1)[..., None]).mean()
@@ -783,6 +808,40 @@ def test_the_generators_loss_is_the_cross_entropy_of_a_plain_pass(tmp_path: Path
     assert sum(s * p for s, p in zip(shares, parts, strict=True)) == pytest.approx(
         result.logs["cross_entropy"], rel=1e-5
     )
+
+
+def test_the_residual_target_is_what_the_sampled_code_leaves_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the MLP is told which code that was; the codes are the transformer's own choice, not the right ones."""
+    losses = GeneratorLossConfig(subsample_last_scale=False, diffusion_repeats=3)
+    scale = 0.25
+    residual = ResidualConfig(width=32, depth=1, target_scale=scale)
+    stage = make_generator_stage(run_config(1), tmp_path, losses, residual=residual)
+    conditions, targets = [], []
+    plain = stage.transformer.residual_condition
+
+    def residual_condition(hidden_BlD: Tensor, code_BlC: Tensor) -> Tensor:
+        conditions.append(code_BlC)
+        return plain(hidden_BlD, code_BlC)
+
+    def loss(model: Any, x0_NC: Tensor, t_N: Tensor, noise_NC: Tensor, schedule: Any) -> Any:
+        targets.append(x0_NC)
+        assert len(t_N.unique()) > 10  # every row has a time of its own
+        return diffusion_loss(model, x0_NC, t_N, noise_NC, schedule)
+
+    stage.transformer.residual_condition = residual_condition  # type: ignore[method-assign]
+    monkeypatch.setattr("hartist.training.generator_stage.diffusion_loss", loss)
+    rows = torch.arange(4)
+    stage.batch_loss(stage.cache, rows)
+    (codes_BmC,), (x0_NC,) = conditions, targets
+    wanted = (stage.cache.last_scale_NmC[rows] - codes_BmC).flatten(0, 1).repeat(3, 1)
+    torch.testing.assert_close(scale * x0_NC, wanted, rtol=0, atol=1e-5)
+    codebook = stage.tokenizer.quantizer.codebook
+    chosen = torch.cdist(codes_BmC.flatten(0, 1), codebook)
+    assert chosen.amin(1).max() < 1e-3
+    right = stage.cache.ids_NL[rows, -16:].flatten()
+    assert 0.5 < float((chosen.argmin(1) != right).float().mean()) < 1  # an untrained one is mostly wrong
 
 
 def test_scale_weights_can_make_every_scale_count_alike(tmp_path: Path) -> None:
