@@ -54,6 +54,7 @@ from small import (
     random_context,
     random_quantizer,
     random_tokenizer,
+    randomise,
     run_config,
 )
 
@@ -792,6 +793,7 @@ def test_the_generators_loss_is_the_cross_entropy_of_a_plain_pass(tmp_path: Path
     """Without subsampling and residual tokens nothing is random but the caption and whether it is dropped."""
     losses = GeneratorLossConfig(condition_dropout=0.0, subsample_last_scale=False, residual=0.0)
     stage = make_generator_stage(run_config(1), tmp_path, losses)
+    randomise(stage.transformer)  # freshly initialised, it hardly heeds its condition
     rows = torch.tensor([0, 3, 6])  # images with one caption
     result = stage.batch_loss(stage.cache, rows, dropout=dropout)
     transformer, quantizer = stage.transformer, stage.tokenizer.quantizer
@@ -864,6 +866,7 @@ def test_subsampling_and_residual_weight_reach_the_loss(tmp_path: Path) -> None:
 def test_a_coarse_step_is_the_loss_of_the_first_scales_alone(tmp_path: Path) -> None:
     losses = GeneratorLossConfig(subsample_last_scale=False, residual=0.0, coarse_share=1.0, coarse_until=0.5)
     stage = make_generator_stage(run_config(4), tmp_path, losses)
+    randomise(stage.transformer)
     rows = torch.tensor([0, 3, 6])  # images with one caption
     coarse = stage.batch_loss(stage.cache, rows, coarse_share=1.0)
     full = stage.batch_loss(stage.cache, rows)
