@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-BLOCK_BYTES = 5 * 2**20
+BLOCK_BYTES = 4 * 2**20
 """Scores of one block of queries: what stays in a server core's last-level cache between the two products."""
 MIN_QUERIES = 256
 
@@ -45,7 +45,8 @@ def blocked_attention(
 ) -> Float[Tensor, "b n l e"]:
     """Head by head, block of queries by block: large matrix products and a softmax between them.
 
-    In bfloat16 on CPU this runs about 1.6 times as fast as the fused kernel, whose products are small.
+    In bfloat16 on CPU this runs about 1.5 times as fast as the fused kernel, whose products are small
+    (benchmarks/attention.py).
     Scores are rounded to bfloat16 between the steps, which alone would cost accuracy where they are
     large. So a first product finds each query's maximum, and a second one subtracts it inside, as one
     more term of the sum: what is then rounded is the distance to the maximum, small wherever the

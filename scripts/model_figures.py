@@ -1,0 +1,48 @@
+"""The model card's figures: python scripts/model_figures.py DATASET   (as `hartist data emoji` wrote it)
+
+Codes in use per scale over all training pictures, and the generator's cross-entropy over every ninth.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from hartist import Pipeline
+from hartist.pixels import from_uint8
+from hartist.training.generator_stage import GeneratorStage
+from hartist.training.images import ImageSet, load_images
+from hartist.training.recipes import emoji_generator
+from hartist.training.token_cache import build_token_cache
+
+EVERY = 9
+
+
+@torch.no_grad()
+def main(dataset: Path) -> None:
+    model = Pipeline.from_pretrained(device="cpu").model
+    assert model.text_encoder is not None
+    images = load_images(dataset, "train", emoji_generator().image_size)
+    batches = [model.tokenizer.encode(from_uint8(pixels)).ids for pixels in images.pixels.split(32)]
+    usage = [len(torch.cat(scale).unique()) for scale in zip(*batches, strict=True)]
+    print("codes in use per scale:", usage)
+
+    part = ImageSet(images.pixels[::EVERY], images.items[::EVERY], images.fingerprint)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = build_token_cache(Path(folder) / "part.safetensors", part, model.tokenizer, model.text_encoder)
+    recipe = emoji_generator()
+    stage = GeneratorStage(model.transformer.config, recipe.losses, recipe.run, cache, cache, model, "figures")
+    torch.manual_seed(0)
+    sums: dict[str, list[float]] = {}
+    for rows in torch.arange(len(cache.ids_NL)).split(64):
+        for key, value in stage.batch_loss(cache, rows).logs.items():
+            sums.setdefault(key, []).append(value)
+    for key, values in sums.items():
+        print(f"{key}: {sum(values) / len(values):.3f}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
