@@ -13,6 +13,7 @@ import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,8 +121,9 @@ def _rows(out: Path) -> dict[str, folder.CaptionedImage]:
     return {image.path.stem: image for image in found}
 
 
-def _build(out: Path, source: Path, **options: bool) -> emoji.EmojiSummary:
-    return emoji.build_emoji(out, size=16, source=source, progress=False, **options)
+def _build(out: Path, source: Path, **options: Any) -> emoji.EmojiSummary:
+    plain: dict[str, Any] = {"skin_tones": "none", "coloured": 0}
+    return emoji.build_emoji(out, size=16, source=source, progress=False, **(plain | options))
 
 
 # ---------------------------------------------------------------- the build
@@ -175,13 +177,14 @@ class TestBuild:
         assert apple.extra == {
             "concept": "1f34e",
             "style": "3d",
+            "background": "white",
             "split_kind": "train",
             "family": "1f34e",
             "label": "red apple",
             "tags": ["fruit", "ripe"],
             "group": "food-drink",
             "subgroup": "food-fruit",
-            "skin_tone": False,
+            "skin_tone": "",
         }
 
     def test_description_and_notice(self, packages: Path, tmp_path: Path) -> None:
@@ -197,12 +200,12 @@ class TestBuild:
 
     def test_twice_gives_the_same_bytes(self, packages: Path, tmp_path: Path) -> None:
         _build(tmp_path / "one", packages)
-        emoji.build_emoji(tmp_path / "two", size=16, source=packages, progress=False, workers=1)
+        _build(tmp_path / "two", packages, workers=1)
         assert _bytes_of(tmp_path / "one") == _bytes_of(tmp_path / "two")
 
     def test_skin_tones_and_flags_are_optional(self, packages: Path, tmp_path: Path) -> None:
         _build(tmp_path / "plain", packages)
-        _build(tmp_path / "full", packages, skin_tones=True, flags=True)
+        _build(tmp_path / "full", packages, skin_tones="all", flags=True)
         plain, full = _rows(tmp_path / "plain"), _rows(tmp_path / "full")
         extra = {name: image.text for name, image in full.items() if name not in plain}
         assert set(plain) < set(full)
@@ -212,6 +215,32 @@ class TestBuild:
         }
         assert {n for n, i in full.items() if i.extra["skin_tone"]} == {f"1f44b-1f3ff_{s}" for s in STYLES}
         assert all(full[name].extra == image.extra for name, image in plain.items())  # the split has not moved
+
+    def test_one_skin_tone_is_drawn_of_every_style(self, packages: Path, tmp_path: Path) -> None:
+        _build(tmp_path / "one", packages, skin_tones="one")
+        toned = {name: image for name, image in _rows(tmp_path / "one").items() if image.extra["skin_tone"]}
+        assert set(toned) == {f"1f44b-1f3ff_{s}" for s in STYLES}
+        assert {image.extra["skin_tone"] for image in toned.values()} == {"dark"}
+
+    def test_coloured_backgrounds_are_drawn_and_named(self, packages: Path, tmp_path: Path) -> None:
+        summary = _build(tmp_path / "out", packages, coloured=2)
+        plain = _build(tmp_path / "plain", packages)
+        assert summary.images == 3 * plain.images
+        rows = _rows(tmp_path / "out")
+        wave = [image for name, image in rows.items() if name.startswith("1f44b_3d")]  # transparent art
+        assert len({image.extra["background"] for image in wave}) == 3
+        for image in wave:
+            name = str(image.extra["background"])
+            expected = tuple(bytes.fromhex(concepts.BACKGROUNDS[name][1:]))
+            pixels = folder.read_image(image.path, 16)
+            assert tuple(int(v) for v in pixels[5, 5]) == expected
+            if name == "white":
+                assert image.text == "waving hand, 3d"
+            else:
+                assert all(
+                    caption.endswith(f"on a{'n' * (name[0] == 'o')} {name} background") for caption in image.captions
+                )
+        assert len({image.extra["split_kind"] for image in wave}) == 1
 
     def test_replaces_its_own_folder_only(self, packages: Path, tmp_path: Path) -> None:
         _build(tmp_path / "out", packages)
@@ -240,6 +269,21 @@ def test_without_the_svg_renderer_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
     with pytest.raises(UserError, match=r"hartist\[train\]"):
         render.render_svg("<svg/>", 8)
+
+
+def test_one_tone_keeps_the_plain_concepts_and_one_of_each_ones_tones() -> None:
+    tones = ["1f3fb", "1f3fc", "1f3fd"]
+    found = [_concept("hand"), *(dataclasses.replace(_concept("hand"), id=f"1f44b-{t}", skin_tone=t) for t in tones)]
+    kept = emoji.one_tone(found, "3d")
+    assert len(kept) == 2
+    assert kept[0] is found[0]
+    assert {tuple(c.id for c in emoji.one_tone(found[::step], "3d"))[-1] for step in (1, 1)} == {kept[1].id}
+
+
+@pytest.mark.parametrize("count", [-1, 13])
+def test_unreasonable_count_of_backgrounds(count: int, packages: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="coloured backgrounds"):
+        emoji.build_emoji(tmp_path / "out", size=16, source=packages, coloured=count)
 
 
 @pytest.mark.parametrize("size", [0, 4, 5000])
@@ -433,14 +477,19 @@ def test_tags_add_something() -> None:
 
 
 def _concept(label: str = "red apple", tags: tuple[str, ...] = ("fruit", "ripe", "food")) -> concepts.Concept:
-    return concepts.Concept("1f34e", "1f34e", label, tags, "food-drink", "food-fruit", False)
+    return concepts.Concept("1f34e", "1f34e", label, tags, "food-drink", "food-fruit", "")
 
 
 def test_captions() -> None:
     found = concepts.captions(_concept(), "3d")
     plain, tagged, *rest = found
     assert plain == "red apple, 3d"
-    assert rest == ["a red apple, 3d", "3d red apple", "3d emoji of a red apple"]
+    assert rest == [
+        "a red apple, 3d",
+        "3d red apple",
+        "3d emoji of a red apple",
+        "red apple, 3d, on a white background",
+    ]
     start, *two, style = tagged.split(", ")
     assert (start, style, len(two)) == ("red apple", "3d", 2)
     assert set(two) < {"fruit", "ripe", "food"}
@@ -448,6 +497,7 @@ def test_captions() -> None:
         "cherries, flat",
         "flat cherries",
         "flat emoji of cherries",
+        "cherries, flat, on a white background",
     ]
 
 

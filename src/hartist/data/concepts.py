@@ -14,6 +14,14 @@ from typing import Any
 
 STYLES = ("3d", "flat", "noto")
 
+WHITE = "white"
+BACKGROUNDS = {
+    WHITE: "#ffffff", "light blue": "#aed8f7", "pink": "#f7bcd2", "yellow": "#fbe27a", "green": "#8fce8a",
+    "orange": "#f6ad62", "purple": "#b79be6", "grey": "#b4b8bf", "black": "#1c1d21", "dark blue": "#22417e",
+    "red": "#dc5a52", "turquoise": "#6dcfc4", "beige": "#ece0c8",
+}  # fmt: skip
+"""Flat backgrounds by the name a caption calls them."""
+
 # Twins: the same art but for gender, age or direction. Held-out data is chosen by family, so that no twin of
 # a held-out image trains. Single code points are unified first, then whole sequences.
 _PEOPLE = {
@@ -28,7 +36,8 @@ _GROUPS = {
     "1f9d1-1f9d2": "1f46a", "1f9d1-1f9d2-1f9d2": "1f46a",  # family
     "1f9d1-1f9d1-1f9d2": "1f46a", "1f9d1-1f9d1-1f9d2-1f9d2": "1f46a",
 }  # fmt: skip
-_MODIFIERS = frozenset({"2640", "2642", "27a1", "200d", "1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
+_SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
+_MODIFIERS = frozenset({"2640", "2642", "27a1", "200d"}) | _SKIN_TONES
 _INVISIBLE = frozenset({"fe0f", "e007f"})  # variation selector and end-of-tag: written by some, not by others
 
 _COMPONENTS = "component"
@@ -58,13 +67,23 @@ class Concept:
     tags: tuple[str, ...]
     group: str
     subgroup: str
-    skin_tone: bool
+    skin_tone: str
+    """"" for the plain concept, else "light", "medium-light", … or, for couples, "light and dark"."""
 
 
 def concept_id(code_points: str) -> str:
     """Normalise code points ("23-FE0F-20E3", "0023_20e3"): lower case, four digits, no selectors."""
     parts = re.split(r"[-_]", code_points.lower())
     return "-".join(part.rjust(4, "0") for part in parts if part not in _INVISIBLE)
+
+
+def base_id(concept: str) -> str:
+    """The concept without its skin tones.
+
+    >>> base_id("1f44b-1f3ff")
+    '1f44b'
+    """
+    return "-".join(part for part in concept.split("-") if part not in _SKIN_TONES)
 
 
 def family_id(concept: str) -> str:
@@ -136,10 +155,8 @@ def read_concepts(
         subgroup = groups["subgroups"][str(entry["subgroup"])]
         if group == _COMPONENTS or (subgroup in _COUNTRY_FLAGS and not flags):
             continue
-        variants = [(entry, False)]
-        if skin_tones:
-            variants += [(skin, True) for skin in entry.get("skins", ())]
-        for variant, toned in variants:
+        variants = [entry, *(entry.get("skins", ()) if skin_tones else ())]
+        for variant in variants:
             label = clean_label(variant["label"])
             identity = concept_id(variant["hexcode"])
             yield Concept(
@@ -149,8 +166,24 @@ def read_concepts(
                 tags=clean_tags(entry.get("tags", ()), label),
                 group=group,
                 subgroup=subgroup,
-                skin_tone=toned,
+                skin_tone="" if variant is entry else skin_tone(label),
             )
+
+
+def skin_tone(label: str) -> str:
+    """The tones a cleaned label names.
+
+    >>> skin_tone("waving hand with medium-light skin tone"), skin_tone("red apple")
+    ('medium-light', '')
+    """
+    return " and ".join(re.findall(r"([a-z-]+) skin tone", label))
+
+
+def backgrounds(concept: str, style: str, count: int) -> list[str]:
+    """The backgrounds on which an image is drawn: white, and `count` others that its name decides."""
+    others = [name for name in BACKGROUNDS if name != WHITE]
+    others.sort(key=lambda name: stable_hash(f"background:{concept}|{style}|{name}"))
+    return [WHITE, *others[:count]]
 
 
 def stable_hash(text: str) -> int:
@@ -176,12 +209,17 @@ def with_article(label: str, group: str) -> str | None:
     return f"{'an' if vowel else 'a'} {label}"
 
 
-def prompt(label: str, style: str) -> str:
-    """The plain prompt of an image, e.g. "red apple, 3d"."""
-    return f"{label}, {style}"
+def prompt(label: str, style: str, background: str = WHITE) -> str:
+    """The plain prompt of an image: "red apple, 3d", or "red apple, 3d, on a pink background"."""
+    return f"{label}, {style}" if background == WHITE else on_background(f"{label}, {style}", background)
 
 
-def captions(concept: Concept, style: str) -> list[str]:
+def on_background(caption: str, background: str) -> str:
+    article = "an" if background[0] in "aeiou" else "a"
+    return f"{caption}, on {article} {background} background"
+
+
+def captions(concept: Concept, style: str, background: str = WHITE) -> list[str]:
     """Prompts that are all true of the image, the plain one first. Deterministic; no two are equal."""
     found = [prompt(concept.label, style)]
     if concept.tags:
@@ -192,4 +230,9 @@ def captions(concept: Concept, style: str) -> list[str]:
         found.append(f"{articled}, {style}")
     found.append(f"{style} {concept.label}")
     found.append(f"{style} emoji of {articled or concept.label}")
+    if background != WHITE:
+        found = [on_background(caption, background) for caption in found]
+    else:
+        # Once in a while: a prompt that names no background means white.
+        found.append(on_background(found[0], WHITE))
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""The emoji dataset: three styles of drawing, captions, and a fixed split, in the form of an ImageFolder.
+"""The emoji dataset: three styles of drawing on flat backgrounds, captions, a fixed split; an ImageFolder.
 
     OUT/train/1f34e_3d.png …   OUT/train/metadata.jsonl        file_name, text, captions, concept, style, …
     OUT/validation/…           OUT/validation/metadata.jsonl   the same, with split_kind
@@ -19,12 +19,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from tqdm import tqdm
 
-from hartist.data.concepts import STYLES, Concept, captions, concept_id, prompt, read_concepts, stable_hash
+from hartist.data.concepts import (
+    BACKGROUNDS,
+    STYLES,
+    WHITE,
+    Concept,
+    backgrounds,
+    base_id,
+    captions,
+    concept_id,
+    prompt,
+    read_concepts,
+    stable_hash,
+)
 from hartist.data.render import icon_svg, png_bytes, render_raster, render_svg
 from hartist.data.sources import (
     EMOJI_PACKAGES,
@@ -41,7 +53,7 @@ from hartist.errors import UserError
 from hartist.files import atomic_directory, read_json, write_json, write_text
 
 FORMAT = "hartist-emoji"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HELD_OUT = 0.05
 TRAIN, UNSEEN_CONCEPT, UNSEEN_PAIR = "train", "unseen_concept", "unseen_pair"
 SPLIT_RULE = (
@@ -52,7 +64,8 @@ SPLIT_RULE = (
     "train: everything else. Both unseen kinds make up the validation split."
 )
 
-Draw = Callable[[int], Image.Image]  # side in pixels → RGB image
+Draw = Callable[[int, str], Image.Image]  # side in pixels, background as #rrggbb → RGB image
+SkinTones = Literal["none", "one", "all"]
 
 
 @dataclass(frozen=True)
@@ -98,12 +111,12 @@ def split_kinds(family: str, styles: Iterable[str]) -> dict[str, str]:
     return kinds
 
 
-def _draw_file(path: Path, size: int) -> Image.Image:
-    return render_raster(path.read_bytes(), size)
+def _draw_file(path: Path, size: int, background: str) -> Image.Image:
+    return render_raster(path.read_bytes(), size, background)
 
 
-def _draw_icon(icons: Mapping[str, Any], name: str, size: int) -> Image.Image:
-    return render_svg(icon_svg(icons, name), size)
+def _draw_icon(icons: Mapping[str, Any], name: str, size: int, background: str) -> Image.Image:
+    return render_svg(icon_svg(icons, name), size, background)
 
 
 def raster_art(package: Path) -> dict[str, Draw]:
@@ -128,6 +141,7 @@ def icon_art(package: Path) -> dict[str, Draw]:
 class _Item:
     concept: Concept
     style: str
+    background: str
     kind: str
     draw: Draw
 
@@ -137,22 +151,34 @@ class _Item:
 
     @property
     def file_name(self) -> str:
-        return f"{self.concept.id}_{self.style}.png"
+        colour = "" if self.background == WHITE else f"_{self.background.replace(' ', '-')}"
+        return f"{self.concept.id}_{self.style}{colour}.png"
 
     def row(self) -> dict[str, Any]:
         concept = asdict(self.concept)
         return {
             "file_name": self.file_name,
-            "text": prompt(self.concept.label, self.style),
-            "captions": captions(self.concept, self.style),
+            "text": prompt(self.concept.label, self.style, self.background),
+            "captions": captions(self.concept, self.style, self.background),
             "concept": concept.pop("id"),
             "style": self.style,
+            "background": self.background,
             "split_kind": self.kind,
             **concept,
         }
 
 
-def _items(packages: Mapping[Package, Path], *, skin_tones: bool, flags: bool) -> list[_Item]:
+def one_tone(found: list[Concept], style: str) -> list[Concept]:
+    """The plain concepts, and of each one's skin tones the one that its name and the style decide."""
+    by_base: dict[str, list[Concept]] = {}
+    for concept in found:
+        if concept.skin_tone:
+            by_base.setdefault(base_id(concept.id), []).append(concept)
+    chosen = {min(tones, key=lambda c: stable_hash(f"tone:{c.id}|{style}")).id for tones in by_base.values()}
+    return [concept for concept in found if not concept.skin_tone or concept.id in chosen]
+
+
+def _items(packages: Mapping[Package, Path], *, skin_tones: SkinTones, flags: bool, coloured: int) -> list[_Item]:
     art = {
         "3d": raster_art(packages[FLUENT_3D]),
         "flat": icon_art(packages[FLUENT_FLAT]),
@@ -160,16 +186,26 @@ def _items(packages: Mapping[Package, Path], *, skin_tones: bool, flags: bool) -
     }
     entries = read_json(packages[EMOJIBASE] / "en" / "data.json")
     groups = read_json(packages[EMOJIBASE] / "meta" / "groups.json")
+    found = list(read_concepts(entries, groups, skin_tones=skin_tones != "none", flags=flags))
+    wanted = {}
+    for style in STYLES:
+        drawn = [concept for concept in found if concept.id in art[style]]
+        wanted[style] = {c.id for c in (one_tone(drawn, style) if skin_tones == "one" else drawn)}
     items = []
-    for concept in read_concepts(entries, groups, skin_tones=skin_tones, flags=flags):
-        drawn = [style for style in STYLES if concept.id in art[style]]
-        kinds = split_kinds(concept.family, drawn)
-        items += [_Item(concept, style, kinds[style], art[style][concept.id]) for style in drawn]
+    for concept in found:
+        styles = [style for style in STYLES if concept.id in wanted[style]]
+        # The kinds follow from every style there is, so that they do not depend on the tones chosen.
+        kinds = split_kinds(concept.family, [style for style in STYLES if concept.id in art[style]])
+        items += [
+            _Item(concept, style, background, kinds[style], art[style][concept.id])
+            for style in styles
+            for background in backgrounds(concept.id, style, coloured)
+        ]
     return items
 
 
 def _render(item: _Item, folder: Path, size: int) -> None:
-    (folder / item.split / item.file_name).write_bytes(png_bytes(item.draw(size)))
+    (folder / item.split / item.file_name).write_bytes(png_bytes(item.draw(size, BACKGROUNDS[item.background])))
 
 
 def _check_target(out: Path) -> None:
@@ -182,7 +218,7 @@ def _check_target(out: Path) -> None:
         raise UserError(f"{out} exists and is not an emoji dataset; choose a new folder")
 
 
-def _description(items: list[_Item], summary: EmojiSummary, options: dict[str, bool]) -> dict[str, Any]:
+def _description(items: list[_Item], summary: EmojiSummary, options: dict[str, Any]) -> dict[str, Any]:
     import PIL
     import resvg_py
 
@@ -215,26 +251,31 @@ def _description(items: list[_Item], summary: EmojiSummary, options: dict[str, b
 def build_emoji(
     out: Path,
     *,
-    size: int = 128,
+    size: int = 256,
     source: Path | None = None,
     progress: bool = True,
-    skin_tones: bool = False,
+    skin_tones: SkinTones = "one",
     flags: bool = False,
+    coloured: int = 1,
     workers: int = 2,
 ) -> EmojiSummary:
     """Build the dataset at `out`, replacing an earlier one; `size` is the side of the images in pixels.
 
-    The packages come from the folder `source`, or through npm. The same inputs and library versions give
-    the same bytes. Raises UserError if a package can't be had, or if `out` holds something else.
+    `skin_tones` "one" draws one tone of every concept and style that has any; `coloured` is how many times an
+    image is drawn again, each on another colour. The packages come from `source`, or through npm. The same
+    inputs and library versions give the same bytes.
+    Raises UserError if a package can't be had, or if `out` holds something else.
     """
     out = Path(out)
     if not 8 <= size <= 1024:
         raise UserError(f"size {size} is out of range; choose 8 to 1024 pixels")
+    if not 0 <= coloured < len(BACKGROUNDS):
+        raise UserError(f"{coloured} coloured backgrounds are out of range; choose 0 to {len(BACKGROUNDS) - 1}")
     _check_target(out)
     tarballs = {package: obtain(package, source) for package in EMOJI_PACKAGES}
     with tempfile.TemporaryDirectory(prefix="hartist-emoji-") as scratch:
         packages = {p: unpack(p, tarball, Path(scratch) / p.tarball) for p, tarball in tarballs.items()}
-        items = _items(packages, skin_tones=skin_tones, flags=flags)
+        items = _items(packages, skin_tones=skin_tones, flags=flags, coloured=coloured)
         counts = Counter((item.style, item.kind) for item in items)
         summary = EmojiSummary(
             out=out,
@@ -255,7 +296,7 @@ def build_emoji(
                 write_text(folder / split / "metadata.jsonl", "".join(f"{row}\n" for row in rows))
             write_json(
                 folder / "dataset.json",
-                _description(items, summary, {"skin_tones": skin_tones, "flags": flags}),
+                _description(items, summary, {"skin_tones": skin_tones, "flags": flags, "coloured": coloured}),
             )
             write_text(folder / "NOTICE", "\n".join(notice(p, packages[p]) for p in EMOJI_PACKAGES))
     return summary

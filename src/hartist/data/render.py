@@ -1,4 +1,4 @@
-"""From the art as it is shipped (WebP with transparency, SVG bodies) to square RGB images on white."""
+"""From the art as it is shipped (WebP with transparency, SVG bodies) to square RGB images on a flat background."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageColor
 
 from hartist.errors import UserError
 
@@ -15,24 +15,27 @@ from hartist.errors import UserError
 SUPERSAMPLING = 2
 
 
-def flatten_square(image: Image.Image, size: int) -> Image.Image:
-    """Composite over white, pad to a centred square, resize to `size` × `size` RGB.
+WHITE = "#ffffff"
+
+
+def flatten_square(image: Image.Image, size: int, background: str = WHITE) -> Image.Image:
+    """Composite over a colour, pad to a centred square, resize to `size` × `size` RGB.
 
     Compositing comes first: resizing colour and alpha apart would bleed the colour of invisible pixels
     into the edges. Padding, not stretching, keeps the proportions of the few files that are not square.
     """
     rgba = image.convert("RGBA")
     side = max(rgba.size)
-    canvas = Image.new("RGBA", (side, side), (255, 255, 255, 255))
+    canvas = Image.new("RGBA", (side, side), (*ImageColor.getrgb(background)[:3], 255))
     canvas.alpha_composite(rgba, ((side - rgba.width) // 2, (side - rgba.height) // 2))
     rgb = canvas.convert("RGB")
     return rgb if side == size else rgb.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def render_raster(data: bytes, size: int) -> Image.Image:
-    """Decode an image file held in memory to `size` × `size` RGB on white."""
+def render_raster(data: bytes, size: int, background: str = WHITE) -> Image.Image:
+    """Decode an image file held in memory to `size` × `size` RGB on a flat background."""
     with Image.open(io.BytesIO(data)) as image:
-        return flatten_square(image, size)
+        return flatten_square(image, size, background)
 
 
 def icon_svg(icons: Mapping[str, Any], name: str) -> str:
@@ -53,8 +56,8 @@ def icon_svg(icons: Mapping[str, Any], name: str) -> str:
     return f"<svg {spaces} {box}>{icon['body']}</svg>"
 
 
-def render_svg(svg: str, size: int) -> Image.Image:
-    """Draw a square SVG document as `size` × `size` RGB on white; raises UserError without resvg_py."""
+def render_svg(svg: str, size: int, background: str = WHITE) -> Image.Image:
+    """Draw a square SVG document as `size` × `size` RGB on a colour; raises UserError without resvg_py."""
     try:
         import resvg_py
     except ImportError as error:
@@ -64,7 +67,7 @@ def render_svg(svg: str, size: int) -> Image.Image:
     side = size * SUPERSAMPLING
     # System fonts would make the result depend on the machine (and none of the icons holds text).
     png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True)
-    return render_raster(bytes(png), size)
+    return render_raster(bytes(png), size, background)
 
 
 def png_bytes(image: Image.Image) -> bytes:
