@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
 
+from hartist.data.transform import BrokenImage, decode, prepare
 from hartist.errors import UserError
 
 
@@ -86,17 +86,8 @@ def read_image(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     Raises UserError if the file is missing, broken or no image.
     """
     try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-            rgb = image.convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    # Pillow reports damage by several exceptions, depending on the format; SyntaxError is PNG's.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return prepare(decode(path), size)
+    except BrokenImage as error:
+        if not path.exists():
+            raise UserError(f"{path} does not exist") from error
         raise UserError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
-    if rgb.size != (size, size):
-        rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
-    return np.array(rgb, dtype=np.uint8)
