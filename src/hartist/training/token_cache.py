@@ -1,97 +1,116 @@
-"""Tokens, residual targets and text states of a dataset, computed once: generator training sees no pixels."""
+"""Tokens, residual targets and text states of a dataset, computed once: generator training sees no pixels
+
+What a cache was made from is its key: tokenizer, text encoder, image size, scales, dataset, crop and flip.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from tqdm import tqdm
 
-from hartist.checkpoint import write_safetensors
-from hartist.pixels import from_uint8
-from hartist.text.encoder import TextContext, TextEncoder, context_from_states
+from hartist.data.records import Skipped
+from hartist.data.stream import Sample
+from hartist.errors import UserError
+from hartist.scales import ScaleSchedule
+from hartist.text.encoder import TextEncoder
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.images import ImageSet
+from hartist.training.token_filling import fill_token_cache, parts_digest
+from hartist.training.token_shards import ShardedTokenCache, TokenCache, open_token_cache
+
+__all__ = [
+    "ShardedTokenCache",
+    "TokenCache",
+    "build_token_cache",
+    "cache_key",
+    "cache_parts",
+    "fill_token_cache",
+    "open_token_cache",
+    "parts_digest",
+]
 
 
-@dataclass(frozen=True)
-class TokenCache:
-    """N images with their M captions. Only ids and the last scale are stored; inputs follow from the ids."""
+def cache_parts(
+    tokenizer: HybridTokenizer, encoder: TextEncoder | None, image_size: int, schedule: ScaleSchedule | None = None
+) -> dict[str, Any]:
+    """What a cache has to agree with its user about. `schedule` is the tokenizer's own if it isn't given;
+    a cache of labels alone has no encoder. Raises UserError if the images don't fit the schedule's last scale.
+    """
+    schedule = schedule or tokenizer.schedule
+    cells = image_size / tokenizer.config.downsampling
+    if schedule.finest != (cells, cells):
+        raise UserError(
+            f"images of {image_size} px are {cells:g} × {cells:g} cells to this tokenizer, but the last scale is "
+            f"{schedule.finest[0]} × {schedule.finest[1]}; give another size or other sides"
+        )
+    return {
+        "tokenizer": _fingerprint(tokenizer),
+        "text_encoder": encoder.fingerprint() if encoder is not None else None,
+        "image_size": image_size,
+        "sides": [list(grid) for grid in schedule.grids],
+    }
 
-    ids_NL: Int[Tensor, "n l"]
-    """Token ids of all scales side by side."""
-    last_scale_NmC: Float[Tensor, "n l_last c"]
-    """What the last scale has to express, before its discrete step."""
-    states_MSC: Float[Tensor, "m s d"]
-    """Text states of every caption, float16."""
-    mask_MS: Bool[Tensor, "m s"]
-    first_caption_N: Int[Tensor, " n"]
-    num_captions_N: Int[Tensor, " n"]
 
-    def context(self, captions_B: Int[Tensor, " b"]) -> TextContext:
-        """The text contexts of some captions."""
-        return context_from_states(self.states_MSC[captions_B], self.mask_MS[captions_B])
-
-
-FIELDS = ("ids_NL", "last_scale_NmC", "states_MSC", "mask_MS", "first_caption_N", "num_captions_N")
-
-
-def cache_key(images: ImageSet, tokenizer: HybridTokenizer, encoder: TextEncoder) -> str:
-    """Changes with images, captions, tokenizer weights or settings, and text encoder."""
-    digest = hashlib.sha256(f"{images.fingerprint} {encoder.fingerprint()} {tokenizer.config}".encode())
-    for tensor in tokenizer.state_dict().values():
-        digest.update(tensor.contiguous().view(-1).numpy().tobytes())
-    return digest.hexdigest()
+def cache_key(
+    images: ImageSet, tokenizer: HybridTokenizer, encoder: TextEncoder, schedule: ScaleSchedule | None = None
+) -> str:
+    """Changes with images, captions, tokenizer weights or settings, text encoder, and scales."""
+    return parts_digest(_parts_of(images, tokenizer, encoder, schedule))
 
 
 def build_token_cache(
-    path: Path, images: ImageSet, tokenizer: HybridTokenizer, encoder: TextEncoder, *, progress: bool = True
+    path: Path,
+    images: ImageSet,
+    tokenizer: HybridTokenizer,
+    encoder: TextEncoder,
+    *,
+    schedule: ScaleSchedule | None = None,
+    progress: bool = True,
 ) -> TokenCache:
-    """Read the cache at `path` if it fits images, tokenizer and text encoder, else compute and write it."""
-    key = cache_key(images, tokenizer, encoder)
-    cached = _read(path, key)
-    if cached is not None:
-        return cached
-    ids, last = [], []
-    with torch.no_grad():
-        for pixels in tqdm(images.pixels.split(32), desc="tokens", unit="batch", disable=not progress):
-            tokens = tokenizer.encode(from_uint8(pixels))
-            ids.append(torch.cat(tokens.ids, 1).int())
-            last.append(tokens.last_scale_BlC)
-    captions = [caption for item in images.items for caption in item.captions]
-    unique = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-    encode = getattr(encoder, "encode_many", encoder.encode)  # in batches where the encoder offers it
-    texts = list(unique)
-    contexts = [
-        encode(texts[i : i + 256])
-        for i in tqdm(range(0, len(texts), 256), desc="captions", unit="batch", disable=not progress)
-    ]
-    unique_rows = torch.tensor([unique[caption] for caption in captions])
-    context = TextContext.cat(contexts).select(unique_rows)
-    counts_N = torch.tensor([len(item.captions) for item in images.items])
-    cache = TokenCache(
-        ids_NL=torch.cat(ids),
-        last_scale_NmC=torch.cat(last),
-        states_MSC=context.states_BSC.half(),
-        mask_MS=context.mask_BS.bool(),
-        first_caption_N=counts_N.cumsum(0) - counts_N,
-        num_captions_N=counts_N,
+    """The cache in the folder `path` if it fits all the rest, else one made anew: for a run's own folder."""
+    parts = _parts_of(images, tokenizer, encoder, schedule)
+    stream, total = _SetStream(images), len(images.items)
+    fill_token_cache(
+        path, stream, tokenizer, encoder, parts, schedule=schedule, total=total, replace=True, progress=progress
     )
-    write_safetensors(path, {name: getattr(cache, name) for name in FIELDS}, {"key": key})
+    cache = open_token_cache(path, parts, in_memory=sys.maxsize)  # the pixels were in memory too
+    assert isinstance(cache, TokenCache)
     return cache
 
 
-def _read(path: Path, key: str) -> TokenCache | None:
-    """The cache at `path`, or None if there is none, it was made from something else, or it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") != key:
-                return None
-            return TokenCache(**{name: file.get_tensor(name) for name in FIELDS})
-    except (OSError, SafetensorError):
-        return None
+def _parts_of(
+    images: ImageSet, tokenizer: HybridTokenizer, encoder: TextEncoder, schedule: ScaleSchedule | None
+) -> dict[str, Any]:
+    parts = cache_parts(tokenizer, encoder, images.pixels.shape[1], schedule)
+    return parts | {"data": images.fingerprint, "crop": "centre", "flip": False, "limit": None}
+
+
+def _fingerprint(tokenizer: HybridTokenizer) -> str:
+    digest = hashlib.sha256(str(tokenizer.config).encode())
+    for tensor in tokenizer.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _SetStream:
+    """Images in memory, as a stream that can be resumed."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images, self.done, self.skipped = images, 0, Skipped()
+
+    def __iter__(self) -> Iterator[Sample]:
+        while self.done < len(self.images.items):
+            item, pixels = self.images.items[self.done], self.images.pixels[self.done]
+            self.done += 1
+            yield Sample(pixels.numpy(), item.captions, item.path.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
