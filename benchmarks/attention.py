@@ -1,6 +1,7 @@
-"""Blocked attention against PyTorch's fused kernel, bfloat16 on CPU: python benchmarks/attention.py
+"""Our attention against PyTorch's fused kernel, bfloat16 on CPU: python benchmarks/attention.py
 
-Shapes are four heads of the last scales at 1024 and 512 px. Best of three, in one run.
+Generation: four heads of the last scales at 1024 and 512 px, in blocks. Training: forward and backward pass over
+all scales of 256 px, without and with the mean subsampling, each scale on its prefix. Best of three, in one run.
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hartist.scales import SIDES_256, ScaleSchedule
+from hartist.training.subsampling import MEAN_DROP, kept_count
 from hartist.transformer.attend import blocked_attention
+from hartist.transformer.block_causal import dense_mask
+from hartist.transformer.prefix_attention import prefix_attention
 
 SHAPES = ((4096, 9751), (1296, 3351), (1024, 2539))
 HEADS, HEAD_DIM, SCALE = 4, 64, 1 / 32
+BATCH, TRAINING_HEADS, CONTEXT = 8, 8, 32
 
 
 def seconds(run: Callable[[], Tensor]) -> float:
@@ -29,7 +35,7 @@ def seconds(run: Callable[[], Tensor]) -> float:
 
 
 @torch.inference_mode()
-def main() -> None:
+def generation() -> None:
     print("queries  keys   fused GFLOP/s  blocked GFLOP/s  ratio")
     for queries, keys in SHAPES:
         q, k, v = (torch.randn(1, HEADS, n, HEAD_DIM).bfloat16() for n in (queries, keys, keys))
@@ -37,6 +43,34 @@ def main() -> None:
         fused = seconds(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, scale=SCALE))
         blocked = seconds(lambda q=q, k=k, v=v: blocked_attention(q, k, v, SCALE))
         print(f"{queries:7} {keys:6} {work / fused:14.0f} {work / blocked:16.0f} {fused / blocked:6.2f}")
+
+
+def training() -> None:
+    print("tokens  masked ms  prefix ms  ratio   (forward and backward)")
+    lengths = ScaleSchedule.from_sides(SIDES_256).lengths
+    for last in (lengths[-1], kept_count(lengths[-1], MEAN_DROP)):
+        runs = (CONTEXT, *lengths[1:-1], last)
+        shape = BATCH, TRAINING_HEADS, sum(runs), HEAD_DIM
+        q, k, v = (torch.randn(shape).bfloat16().requires_grad_() for _ in range(3))
+        gradient = torch.randn(shape).bfloat16()
+        mask = dense_mask(runs)
+
+        def masked(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Tensor = mask) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE)
+
+        def prefix(q: Tensor = q, k: Tensor = k, v: Tensor = v, runs: tuple[int, ...] = runs) -> Tensor:
+            return prefix_attention(q, k, v, SCALE, runs)
+
+        a, b = (
+            seconds(lambda run=run, x=(q, k, v), g=gradient: torch.autograd.grad(run(), x, g)[0])
+            for run in (masked, prefix)
+        )
+        print(f"{sum(runs):6} {a * 1e3:10.1f} {b * 1e3:10.1f} {a / b:6.2f}")
+
+
+def main() -> None:
+    generation()
+    training()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+
+from hartist.transformer.block_causal import Runs, block_causal_attention
 
 BLOCK_BYTES = 4 * 2**20
 """Scores of one block of queries: what stays in a server core's last-level cache between the two products."""
@@ -17,23 +19,19 @@ def attend(
     k_BNtE: Float[Tensor, "b n t e"],
     v_BNtE: Float[Tensor, "b n t e"],
     scale: float,
-    mask_lt: Bool[Tensor, "l t"] | None = None,
+    runs: Runs | None = None,
 ) -> Float[Tensor, "b n l e"]:
-    """Attention of every query to all keys, or to those that `mask_lt` allows."""
+    """Attention of every query to all keys; with `runs`, block-causal."""
+    if runs is not None:
+        return block_causal_attention(q_BNlE, k_BNtE, v_BNtE, scale, runs)
     l = q_BNlE.shape[2]
     inference = not torch.is_grad_enabled()
-    if (
-        inference
-        and mask_lt is None
-        and l >= MIN_QUERIES
-        and q_BNlE.device.type == "cpu"
-        and q_BNlE.dtype == torch.bfloat16
-    ):
+    if inference and l >= MIN_QUERIES and q_BNlE.device.type == "cpu" and q_BNlE.dtype == torch.bfloat16:
         return blocked_attention(q_BNlE, k_BNtE, v_BNtE, scale)
     if l == 1 and inference:
         # A single query takes another kernel on CPU, which sums in an order that depends on the batch.
         q_BNlE = q_BNlE.expand(-1, -1, 2, -1)
-    y_BNlE = F.scaled_dot_product_attention(q_BNlE, k_BNtE, v_BNtE, attn_mask=mask_lt, scale=scale)
+    y_BNlE = F.scaled_dot_product_attention(q_BNlE, k_BNtE, v_BNtE, scale=scale)
     return y_BNlE[:, :, :l]
 
 

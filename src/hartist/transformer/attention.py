@@ -6,12 +6,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hartist.config import TransformerConfig
 from hartist.layers import Linear, steady_linear
 from hartist.transformer.attend import attend
+from hartist.transformer.block_causal import Runs
 from hartist.transformer.cache import KVCache
 from hartist.transformer.positions import Rope, apply_rope
 
@@ -25,7 +26,7 @@ class Attention(nn.Module):
         super().__init__()
         width = config.width
         self.heads, self.head_dim = config.heads, config.head_dim
-        self.qkv = Linear(width, 3 * width, bias=False)
+        self.qkv: nn.Module = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width)
@@ -37,15 +38,19 @@ class Attention(nn.Module):
         x_BlD: Float[Tensor, "b l d"],
         rope: Rope | None,
         *,
-        mask_lt: Bool[Tensor, "l t"] | None = None,
+        runs: Runs | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
         keep: bool = True,
     ) -> Float[Tensor, "b l d"]:
-        """Attend within x and to what `cache` holds; `mask_lt` is true where attention is allowed."""
+        """Attend within x and to what `cache` holds; with `runs`, block-causally within x."""
         B, l, D = x_BlD.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv_Bl3NE = steady_linear(x_BlD, self.qkv.weight, bias).view(B, l, 3, self.heads, self.head_dim)
+        if isinstance(self.qkv, Linear):
+            qkv_Bl3D = steady_linear(x_BlD, self.qkv.weight, bias)
+        else:  # a layer with an adapter
+            qkv_Bl3D = self.qkv(x_BlD) + bias
+        qkv_Bl3NE = qkv_Bl3D.view(B, l, 3, self.heads, self.head_dim)
         q_BNlE, k_BNlE, v_BNlE = qkv_Bl3NE.permute(2, 0, 3, 1, 4).unbind(0)
         if self.log_scale is not None:
             q_BNlE = F.normalize(q_BNlE, dim=-1) * self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
@@ -54,5 +59,5 @@ class Attention(nn.Module):
             q_BNlE, k_BNlE = apply_rope(q_BNlE, rope), apply_rope(k_BNlE, rope)
         if cache is not None:
             k_BNlE, v_BNlE = cache.join(layer, k_BNlE, v_BNlE, keep=keep)
-        y_BNlE = attend(q_BNlE, k_BNlE, v_BNlE, self.scale, mask_lt)
+        y_BNlE = attend(q_BNlE, k_BNlE, v_BNlE, self.scale, runs)
         return self.proj(y_BNlE.transpose(1, 2).reshape(B, l, D))

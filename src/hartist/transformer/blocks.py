@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hartist.config import TransformerConfig
 from hartist.layers import Linear, steady_linear
 from hartist.transformer.attention import Attention
+from hartist.transformer.block_causal import Runs
 from hartist.transformer.cache import KVCache
 from hartist.transformer.positions import Rope
 
@@ -107,17 +108,17 @@ class Block(nn.Module):
         modulation_B6D: Float[Tensor, "b 6 d"] | None,
         rope: Rope | None,
         *,
-        mask_lt: Bool[Tensor, "l t"] | None = None,
+        runs: Runs | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
         keep: bool = True,
     ) -> Float[Tensor, "b l d"]:
         if modulation_B6D is None:
-            x_BlD = x_BlD + self.attn(self.norm(x_BlD), rope, mask_lt=mask_lt, cache=cache, layer=layer, keep=keep)
+            x_BlD = x_BlD + self.attn(self.norm(x_BlD), rope, runs=runs, cache=cache, layer=layer, keep=keep)
             return x_BlD + self.mlp(self.norm(x_BlD))
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation_B6D[:, :, None].unbind(1)
         y_BlD = self.norm(x_BlD) * (1 + scale1) + shift1
-        x_BlD = x_BlD + gain1 * self.attn(y_BlD, rope, mask_lt=mask_lt, cache=cache, layer=layer, keep=keep)
+        x_BlD = x_BlD + gain1 * self.attn(y_BlD, rope, runs=runs, cache=cache, layer=layer, keep=keep)
         y_BlD = self.norm(x_BlD) * (1 + scale2) + shift2
         return x_BlD + gain2 * self.mlp(y_BlD)
 
@@ -134,6 +135,7 @@ class Head(nn.Module):
     def forward(self, hidden_BlD: Float[Tensor, "b l d"], condition_BD: Float[Tensor, "b d"]) -> Float[Tensor, "b l v"]:
         s_BD, b_BD = self.modulation(F.silu(condition_BD)).float().chunk(2, -1)
         y_BlD = self.norm(hidden_BlD.float()) * (1 + s_BD[:, None]) + b_BD[:, None]
-        with torch.autocast(y_BlD.device.type, enabled=False):
+        kind = y_BlD.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             bias = self.linear.bias.float() if self.linear.bias is not None else None
             return steady_linear(y_BlD, self.linear.weight.float(), bias)

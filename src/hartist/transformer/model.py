@@ -7,16 +7,21 @@ autoregressive step with a cache, `forward_all` the teacher-forced pass over all
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hartist.config import TransformerConfig
+from hartist.errors import UserError
 from hartist.layers import Linear, SinusoidalEmbedder
 from hartist.residual.mlp import ResidualMLP
+from hartist.scales import ScaleSchedule
 from hartist.text.encoder import TextContext
+from hartist.transformer.block_causal import Runs
 from hartist.transformer.blocks import Block, Head, Modulation, RMSNorm
 from hartist.transformer.cache import KVCache
 from hartist.transformer.positions import Rope, cell_coordinates, rope_image, rope_text
@@ -53,6 +58,7 @@ class ScaleTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.schedule = config.schedule
+        self.activation_checkpointing = False
         width = config.width
         self.word_embed = Linear(config.latent_channels, width)
         if config.condition == "text":
@@ -86,6 +92,20 @@ class ScaleTransformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.word_embed.weight.dtype
+
+    def use_schedule(self, schedule: ScaleSchedule) -> None:
+        """Go on with other scales: the same weights at another resolution (paper section 3.2).
+
+        Raises UserError where weights belong to positions or scales that the schedule has more of.
+        """
+        if self.config.positions == "absolute" and schedule != self.config.schedule:
+            raise UserError("a model with absolute positions has one resolution; relative ones (rope) carry over")
+        if self.config.step_embedding == "table" and len(schedule) > len(self.config.sides):
+            raise UserError(
+                f"the step embedding's table has {len(self.config.sides)} scales, the schedule {len(schedule)}; "
+                "a sinusoidal one has no limit"
+            )
+        self.schedule = schedule
 
     def initialise(self) -> None:
         """Initial weights for training, from torch's global generator."""
@@ -198,7 +218,6 @@ class ScaleTransformer(nn.Module):
         lengths = self._scales_within(input_BLC.shape[1])
         x = [condition.prefix_BSD]
         ropes = [condition.prefix_rope]
-        levels = [0] * self.config.prefix_tokens
         for k, scale_input_BlC in enumerate(input_BLC.split(lengths, 1), start=1):
             x_BlD = self._embed_scale(k, scale_input_BlC)
             rope = self._scale_rope(k, condition.offset_B)
@@ -207,13 +226,13 @@ class ScaleTransformer(nn.Module):
                 rope = rope.select(kept_Bm) if rope is not None else None
             x.append(x_BlD)
             ropes.append(rope)
-            levels += [k] * x_BlD.shape[1]
         x_BTD = torch.cat(x, 1)
         rope = Rope.cat([r for r in ropes if r is not None]) if ropes[0] is not None else None
-        level_T = torch.tensor(levels, device=x_BTD.device)
-        mask_TT = level_T[:, None] >= level_T[None, :]
+        runs = Runs(tuple(part.shape[1] for part in x))
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, condition.modulations[layer], rope, mask_lt=mask_TT)
+            call = functools.partial(block, x_BTD, condition.modulations[layer], rope, runs=runs)
+            keep = not (self.activation_checkpointing and torch.is_grad_enabled())
+            x_BTD = call() if keep else checkpoint(call, use_reentrant=False)
         first = self.config.prefix_tokens - self.schedule.lengths[0]
         last = x[-1].shape[1] if len(x) > 1 else self.schedule.lengths[0]
         return TeacherForced(x_BTD[:, first:], x_BTD[:, x_BTD.shape[1] - last :])
