@@ -13,7 +13,7 @@ import torch
 
 from hartist import Pipeline
 from hartist.pixels import from_uint8
-from hartist.training.generator_stage import GeneratorStage
+from hartist.training.generator_stage import GeneratorStage, TrainingPhase
 from hartist.training.images import ImageSet, load_images
 from hartist.training.recipes import emoji_generator
 from hartist.training.token_cache import build_token_cache
@@ -32,13 +32,14 @@ def main(dataset: Path) -> None:
 
     part = ImageSet(images.pixels[::EVERY], images.items[::EVERY], images.fingerprint)
     with tempfile.TemporaryDirectory() as folder:
-        cache = build_token_cache(Path(folder) / "part.safetensors", part, model.tokenizer, model.text_encoder)
-    recipe = emoji_generator()
-    stage = GeneratorStage(model.transformer.config, recipe.losses, recipe.run, cache, cache, model, "figures")
+        cache = build_token_cache(Path(folder) / "part", part, model.tokenizer, model.text_encoder)
+    recipe, schedule = emoji_generator(), model.transformer.schedule
+    phase = TrainingPhase(0, recipe.run.batch_size, schedule, len(schedule), cache, cache)
+    stage = GeneratorStage(recipe.losses, recipe.run, [phase], model, "figures")
     torch.manual_seed(0)
     sums: dict[str, list[float]] = {}
-    for rows in torch.arange(len(cache.ids_NL)).split(64):
-        for key, value in stage.batch_loss(cache, rows).logs.items():
+    for rows in torch.arange(len(cache)).split(32):
+        for key, value in stage.batch_loss(model.transformer, cache.rows(rows), scales=len(schedule)).logs.items():
             sums.setdefault(key, []).append(value)
     for key, values in sums.items():
         print(f"{key}: {sum(values) / len(values):.3f}")

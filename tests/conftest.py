@@ -8,5 +8,10 @@ from jaxtyping import install_import_hook
 install_import_hook("hartist", "beartype.beartype")
 
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+
+# A busy machine is no failure.
+settings.register_profile("hartist", deadline=None)
+settings.load_profile("hartist")

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from hartist.config import ResidualConfig, TokenizerConfig, TransformerConfig
 from hartist.data.folder import CaptionedImage
 from hartist.generation.checkpoint import LoadedModel
+from hartist.scales import ScaleSchedule
 from hartist.text.encoder import TextContext, context_from_states
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.tokenizer.quantizer import Quantizer
 from hartist.training.config import GeneratorLossConfig, OptimizerConfig, RunConfig, TokenizerLossConfig
-from hartist.training.generator_stage import GeneratorStage
+from hartist.training.generator_stage import GeneratorStage, TrainingPhase
+from hartist.training.image_source import MemorySource
 from hartist.training.images import ImageSet
+from hartist.training.parallel import World
 from hartist.training.token_cache import build_token_cache
 from hartist.training.tokenizer_stage import TokenizerStage
 from hartist.transformer.model import ScaleTransformer
@@ -149,11 +152,11 @@ def pictures(count: int, seed: int = 0, side: int = 32) -> Tensor:
     return pixels
 
 
-def image_set(count: int, seed: int = 0) -> ImageSet:
+def image_set(count: int, seed: int = 0, side: int = 32) -> ImageSet:
     """Pictures with one, two or three captions each."""
     captions = [tuple(f"shape {i} {word}" for word in ("red", "big", "flat")[: 1 + i % 3]) for i in range(count)]
     items = [CaptionedImage(Path(f"{i}.png"), own[0], own) for i, own in enumerate(captions)]
-    return ImageSet(pictures(count, seed), items, fingerprint=f"pictures-{count}-{seed}")
+    return ImageSet(pictures(count, seed, side), items, fingerprint=f"pictures-{count}-{seed}-{side}")
 
 
 def run_config(steps: int, **changes: Any) -> RunConfig:
@@ -169,27 +172,37 @@ def run_config(steps: int, **changes: Any) -> RunConfig:
     return RunConfig(**(values | changes))
 
 
-def make_tokenizer_stage(run: RunConfig, losses: TokenizerLossConfig | None = None) -> TokenizerStage:
-    losses = losses or TokenizerLossConfig()
-    return TokenizerStage(tokenizer_config(), losses, run, pictures(10), pictures(5, seed=1), "pictures")
+def make_tokenizer_stage(
+    run: RunConfig, losses: TokenizerLossConfig | None = None, world: World | None = None
+) -> TokenizerStage:
+    torch.manual_seed(run.seed)
+    tokenizer = HybridTokenizer(tokenizer_config())
+    source = MemorySource(pictures(10), "pictures")
+    return TokenizerStage(tokenizer, losses or TokenizerLossConfig(), run, source, pictures(5, seed=1), world=world)
 
 
 def make_generator_stage(
-    run: RunConfig, folder: Path, losses: GeneratorLossConfig | None = None, **changes: Any
+    run: RunConfig,
+    folder: Path,
+    losses: GeneratorLossConfig | None = None,
+    world: World | None = None,
+    coarse_first: bool = False,
+    **changes: Any,
 ) -> GeneratorStage:
-    """A generator over ten pictures; `folder` holds the token caches."""
+    """A generator over ten pictures; `folder` holds the token caches. `coarse_first`: at half the size until step 2."""
     config = transformer_config(**changes)
     tokenizer, encoder = random_tokenizer(seed=5), WordEncoder()
     torch.manual_seed(run.seed)
     transformer = ScaleTransformer(config)
     transformer.initialise()
-    return GeneratorStage(
-        config,
-        losses or GeneratorLossConfig(),
-        run,
-        build_token_cache(folder / "train.safetensors", image_set(10), tokenizer, encoder, progress=False),
-        build_token_cache(folder / "validation.safetensors", image_set(3, seed=1), tokenizer, encoder, progress=False),
-        LoadedModel(tokenizer, transformer, encoder, "tiny"),
-        "pictures",
-        ["shape 1 red", "shape 2"],
-    )
+    phases = []
+    for first_step, sides, side in [(0, SIDES[:2], 16), (2, SIDES, 32)] if coarse_first else [(0, SIDES, 32)]:
+        schedule = ScaleSchedule.from_sides(sides)
+        caches = [
+            build_token_cache(folder / f"{split}-{side}", images, tokenizer, encoder, schedule=schedule, progress=False)
+            for split, images in (("train", image_set(10, side=side)), ("val", image_set(3, seed=1, side=side)))
+        ]
+        phases.append(TrainingPhase(first_step, run.batch_size, schedule, len(schedule), *caches))
+    model = LoadedModel(tokenizer, transformer, encoder, "tiny")
+    prompts = ["shape 1 red", "shape 2"]
+    return GeneratorStage(losses or GeneratorLossConfig(), run, phases, model, "pictures", prompts=prompts, world=world)

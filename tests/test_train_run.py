@@ -14,7 +14,7 @@ from PIL import Image
 from hartist import Pipeline, UserError
 from hartist.config import ResidualConfig
 from hartist.generation.checkpoint import load_transformer
-from hartist.training.config import OptimizerConfig, RunConfig, TokenizerLossConfig
+from hartist.training.config import OptimizerConfig, Phase, RunConfig, TokenizerLossConfig
 from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe, emoji_generator, emoji_tokenizer
 from hartist.training.run import train_generator, train_tokenizer
 from tiny import SIDES, SIZE, TEXT_TOKENS, write_tiny_bert
@@ -45,7 +45,8 @@ def generator_recipe(**changes: object) -> GeneratorRecipe:
         **changes,  # type: ignore[arg-type]
     )
     losses = dataclasses.replace(recipe.losses, coarse_share=0.5)
-    return dataclasses.replace(recipe, image_size=SIZE, transformer=config, losses=losses, run=RUN)
+    phases = (Phase(SIZE // 2, SIDES[:2], share=0.5, batch_factor=2), Phase(SIZE, SIDES, share=0.5))
+    return dataclasses.replace(recipe, phases=phases, transformer=config, losses=losses, run=RUN)
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +133,14 @@ def test_a_model_of_another_configuration_is_refused(trained: Path, tmp_path: Pa
         )
 
 
-def test_scales_that_the_tokenizer_does_not_have_are_refused(trained: Path, tmp_path: Path) -> None:
+def test_scales_that_do_not_fit_the_tokenizer_are_refused(trained: Path, tmp_path: Path) -> None:
     recipe = generator_recipe()
-    other = dataclasses.replace(recipe, transformer=dataclasses.replace(recipe.transformer, sides=(1, 2, 4)))
-    with pytest.raises(UserError, match="trained for the scales"):
+    other = dataclasses.replace(
+        recipe,
+        phases=(Phase(SIZE, (1, 2, 3)),),
+        transformer=dataclasses.replace(recipe.transformer, sides=(1, 2, 3)),
+    )
+    with pytest.raises(UserError, match="pixels a cell"):
         train_generator(
             trained / "data",
             trained / "tok" / "tokenizer",

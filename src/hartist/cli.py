@@ -14,8 +14,10 @@ from importlib import import_module
 
 from hartist import __version__
 from hartist.commands.flags import Formatter
+from hartist.commands.flags_data import add_data
+from hartist.commands.flags_evaluation import add_evaluate
 from hartist.commands.flags_models import add_check, add_convert, add_generate, add_info, add_reconstruct
-from hartist.commands.flags_training import add_bench, add_data, add_train
+from hartist.commands.flags_training import add_bench, add_train
 from hartist.errors import UserError
 
 DESCRIPTION = """\
@@ -53,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_check,
         add_data,
         add_train,
+        add_evaluate,
         add_bench,
     ):
         add(commands)

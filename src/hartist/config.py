@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -126,6 +127,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def to_json(config: Any) -> dict[str, Any]:
+    """The same as it looks after a round trip through JSON (tuples become lists): for comparisons with files."""
+    return json.loads(json.dumps(to_dict(config)))
+
+
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
     """Build a config dataclass from its JSON form; an unknown or unfit entry is a UserError naming it."""
     if not isinstance(values, dict):
@@ -141,7 +147,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
             value = from_dict(ResidualConfig, value, f"{where}.residual")
         elif isinstance(value, list):
             value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
-        if not _fits(value, kinds[name]):
+        if not fits(value, kinds[name]):
             raise UserError(f"{where}: {name} is {quoted(value)}, not what {cls.__name__} takes; correct it")
         built[name] = float(value) if kinds[name] is float else value
     try:
@@ -150,18 +156,18 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
         raise UserError(f"{where}: {error}") from error
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Whether a JSON value (lists already tuples) fits the annotation of a config's field."""
     arguments = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
-        return any(_fits(value, option) for option in arguments)
+        return any(fits(value, option) for option in arguments)
     if get_origin(kind) is Literal:
         return value in arguments
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             return False
         items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        return len(items) == len(value) and all(map(_fits, value, items))
+        return len(items) == len(value) and all(map(fits, value, items))
     if kind in (int, float):
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind)

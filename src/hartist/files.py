@@ -122,6 +122,12 @@ def recover_directory(target: Path) -> None:
         os.replace(backup, target)
 
 
+def clear_temporaries(target: Path) -> None:
+    """Remove the temporary directories that killed writers of `target` left beside it."""
+    for path in Path(target).parent.glob(f".{Path(target).name}.*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises UserError that names it if it is missing or not JSON."""
     try:

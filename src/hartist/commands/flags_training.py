@@ -1,94 +1,171 @@
-"""The flags of the commands that make and measure models: data, train, bench."""
+"""The flags of the commands that train and time models: train, bench"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 from hartist.commands.flags import add_command, add_device, add_threads
 
-
-def add_data(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "data",
-        "build a dataset",
-        "Build a dataset to train on.",
-        """\
-  hartist data emoji datasets/emoji""",
-    )
-    kinds = parser.add_subparsers(dest="dataset", metavar="DATASET", required=True)
-    emoji = add_command(
-        kinds,
-        "emoji",
-        "captioned emoji in three styles",
-        "Emoji in three styles of drawing with captions, as a folder of images with metadata.jsonl.\n"
-        "The art comes as four npm packages of fixed versions, verified by their hashes.",
-        """\
-  hartist data emoji datasets/emoji
-  hartist data emoji datasets/emoji-64 --size 64 --source tarballs/    without network""",
-    )
-    emoji.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
-    emoji.add_argument("--size", type=int, default=128, metavar="N", help="side in pixels (default: %(default)s)")
-    emoji.add_argument("--source", type=Path, metavar="DIR", help="folder of the npm tarballs (default: ask npm)")
-    emoji.add_argument("--skin-tones", action="store_true", help="with every skin tone")
-    emoji.add_argument("--flags", action="store_true", help="with flags")
-    emoji.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+MANY = """
+On several GPUs or machines, start it with torchrun:
+  torchrun --nproc-per-node 8 -m hartist train ..."""
+RESUME = "To resume, run the same command again."
 
 
 def add_train(commands: Any) -> None:
     parser = add_command(
         commands,
         "train",
-        "train a tokenizer, then a generator",
-        "Train in two stages. To resume, run the same command again.",
+        "train a tokenizer, a generator, or a model on your own pictures",
+        f"Train in two stages, or go on from a finished model. {RESUME}{MANY}",
         """\
+  hartist train finetune --data my-pictures --out runs/mine
   hartist data emoji datasets/emoji
   hartist train tokenizer --data datasets/emoji --out runs/tokenizer
   hartist train generator --data datasets/emoji --tokenizer runs/tokenizer/tokenizer --out runs/generator
   hartist generate "a red apple, 3d" --model runs/generator/model""",
     )
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
-    tokenizer = add_command(
+    _add_tokenizer(stages)
+    _add_generator(stages)
+    _add_finetune(stages)
+
+
+def _add_tokenizer(stages: Any) -> None:
+    parser = add_command(
         stages,
         "tokenizer",
         "pixels to hybrid tokens and back",
-        "Train the autoencoder and its quantizer. The result is in RUN/tokenizer.\n"
-        "To resume, run the same command again.",
+        f"Train the autoencoder and its quantizer. The result is in RUN/tokenizer.\n{RESUME}{MANY}",
         """\
-  hartist train tokenizer --data datasets/emoji --out runs/tokenizer --threads 2""",
+  hartist train tokenizer --data datasets/emoji --out runs/tokenizer --threads 2
+  hartist train tokenizer --data datasets/photos --out runs/photos --recipe published \\
+      --start-from vae_ch160v4096z32.pth      the paper's way: only the decoder learns
+  hartist train tokenizer --data datasets/emoji --out runs/gan --set losses.adversarial=0.5""",
     )
-    generator = add_command(
+    parser.add_argument(
+        "--start-from", type=Path, metavar="TOKENIZER", help="begin with these weights (ours, HART's or VAR's)"
+    )
+    images = parser.add_argument_group("images")
+    images.add_argument("--flip", action="store_true", help="mirror every other image")
+    images.add_argument(
+        "--stream", action="store_true", help="read images as they are needed: for more than memory holds"
+    )
+    images.add_argument(
+        "--crop", choices=("centre", "random"), default="centre", help="of a stream (default: %(default)s)"
+    )
+    images.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode a stream")
+    parser.add_argument(
+        "--perceptual-weights",
+        type=Path,
+        metavar="FILE",
+        help="VGG-16 weights of the perceptual network (for recipes with LPIPS)",
+    )
+    _add_common(parser, recipe="emoji")
+
+
+def _add_generator(stages: Any) -> None:
+    parser = add_command(
         stages,
         "generator",
-        "text to hybrid tokens",
-        "Train the transformer and its residual diffusion on a tokenizer's tokens.\n"
-        "The result is in RUN/model. "
-        "To resume, run the same command again.",
+        "text or classes to hybrid tokens",
+        "Train the transformer and its residual diffusion on a tokenizer's tokens, which are computed once.\n"
+        f"The result is in RUN/model. {RESUME}{MANY}",
         """\
-  hartist train generator --data datasets/emoji --tokenizer runs/tokenizer/tokenizer --out runs/generator""",
+  hartist train generator --data datasets/emoji --tokenizer runs/tokenizer/tokenizer --out runs/generator
+  hartist train generator --data datasets/emoji --start-from emoji --out runs/longer --steps 2000
+  torchrun --nproc-per-node 8 -m hartist train generator --recipe imagenet-d16 \\
+      --tokenizer runs/published/tokenizer --cache caches/imagenet --out runs/d16""",
     )
-    generator.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="a trained tokenizer")
-    generator.add_argument(
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a trained tokenizer (default: --start-from's)")
+    parser.add_argument(
         "--text-encoder",
         type=Path,
         metavar="DIR",
-        help="a MiniLM or Qwen2 folder (default: the bundled MiniLM)",
+        help="a MiniLM or Qwen2 folder (default: --start-from's, else the bundled MiniLM)",
     )
-    generator.add_argument(
+    parser.add_argument(
         "--start-from", metavar="MODEL", help='begin with the weights of this model, "emoji" being the bundled one'
     )
-    for stage in (tokenizer, generator):
-        stage.add_argument("--data", type=Path, required=True, metavar="DIR", help="a captioned image folder")
-        stage.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
-        stage.add_argument("--recipe", default="emoji", help="a recipe's name (default: %(default)s)")
-        stage.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default: the recipe's)")
-        stage.add_argument("--batch-size", type=int, metavar="N", help="images a step (default: the recipe's)")
-        stage.add_argument("--learning-rate", type=float, metavar="R", help="its peak (default: the recipe's)")
-        stage.add_argument("--seed", type=int, help="of batches and all noise (default: the recipe's)")
-        stage.add_argument("--no-bf16", action="store_true", help="compute in float32 throughout")
-        stage.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
-        add_threads(stage)
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where the tokens are kept, in train-SIZE and validation-SIZE (default: RUN/cache); without --data they "
+        "are only read from there",
+    )
+    _add_strategy(parser)
+    _add_common(parser, recipe="emoji", data_needed=False)
+
+
+def _add_finetune(stages: Any) -> None:
+    parser = add_command(
+        stages,
+        "finetune",
+        "teach a finished model your own pictures",
+        "Go on training a finished model on a folder of captioned pictures: images beside a metadata.jsonl with\n"
+        'lines like {"file_name": "cat.jpg", "text": "my cat Miso"}, or any dataset that `hartist data check` reads.\n'
+        f"The result is in RUN/model. {RESUME}",
+        """\
+  hartist train finetune --data my-pictures --out runs/mine
+  hartist generate "my cat Miso, 3d" --model runs/mine/model
+  hartist train finetune --data my-pictures --out runs/small --lora 8      adapters, not all weights""",
+    )
+    parser.add_argument(
+        "--start-from", default="emoji", metavar="MODEL", help="the model to go on from (default: the bundled one)"
+    )
+    parser.add_argument(
+        "--lora", type=int, default=0, metavar="RANK", help="train low-rank adapters of this rank (needs peft)"
+    )
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where the tokens are kept (default: RUN/cache)")
+    _add_strategy(parser)
+    _add_common(parser, recipe=None)
+
+
+def _add_strategy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strategy",
+        choices=("ddp", "fsdp"),
+        default="ddp",
+        help="under torchrun: whole weights on every rank, or sharded ones (default: %(default)s)",
+    )
+
+
+def _add_common(parser: argparse.ArgumentParser, recipe: str | None, data_needed: bool = True) -> None:
+    parser.add_argument(
+        "--data",
+        required=data_needed,
+        metavar="DATA",
+        help="a captioned image folder, tar or parquet files, or a Hub id",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
+    settings = parser.add_argument_group("settings")
+    if recipe is not None:
+        settings.add_argument("--recipe", default=recipe, help="a recipe's name (default: %(default)s)")
+    settings.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default: the recipe's)")
+    settings.add_argument("--batch-size", type=int, metavar="N", help="images a step (default: the recipe's)")
+    settings.add_argument(
+        "--micro-batch", type=int, metavar="N", help="images a process takes at once (default: the recipe's)"
+    )
+    settings.add_argument("--learning-rate", type=float, metavar="R", help="its peak (default: the recipe's)")
+    settings.add_argument("--seed", type=int, help="of batches and all noise (default: the recipe's)")
+    settings.add_argument("--no-bf16", action="store_true", help="compute in float32 throughout")
+    settings.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change any setting of the recipe, as losses.perceptual=0.2; may be given several times",
+    )
+    settings.add_argument(
+        "--dry-run", action="store_true", help="print sizes, memory and time per step, and train nothing"
+    )
+    place = parser.add_argument_group("where it runs")
+    place.add_argument("--device", help="cpu, cuda or mps (default: the best one there is)")
+    add_threads(place)
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
 
 def add_bench(commands: Any) -> None:

@@ -47,8 +47,8 @@ class QuantizerTraining:
     """Share of the codes hit at least once in the batch, on any scale (0 to 1)."""
     usage_per_scale: tuple[float, ...]
     """Distinct codes hit on each scale, as a share of the codebook."""
-    hits_V: Int[Tensor, " v"]
-    """How often each code was chosen."""
+    hits_KV: Int[Tensor, "k v"]
+    """How often each code was chosen on each scale."""
 
 
 class Quantizer(nn.Module):
@@ -185,5 +185,5 @@ class Quantizer(nn.Module):
             loss=loss / len(schedule),
             usage=(hits_KV.sum(0) > 0).float().mean().item(),
             usage_per_scale=tuple((hits_KV > 0).float().mean(1).tolist()),
-            hits_V=hits_KV.sum(0),
+            hits_KV=hits_KV,
         )

@@ -1,22 +1,32 @@
-"""Learning-rate schedule, AdamW groups and the exponential moving average of the weights."""
+"""Learning-rate schedules, AdamW groups and the exponential moving average of the weights"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from hartist.training.config import OptimizerConfig
+from hartist.training.parallel import local
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Linear warm-up to the peak, then a cosine down to `final_fraction` of it at the last step."""
-    peak = config.learning_rate
+    """The rate of one step: linear warm-up to the peak, then the schedule.
+
+    cosine: down to `final_fraction` of the peak along half a cosine. constant: the peak. wsd (warm-up,
+    stable, decay): the peak until the last fifth of the run, then a straight line down to `final_fraction`.
+    """
+    peak, floor = config.learning_rate, config.final_fraction
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
     progress = min((step - config.warmup_steps) / max(steps - config.warmup_steps, 1), 1.0)
-    floor = config.final_fraction
+    if config.schedule == "constant":
+        return peak
+    if config.schedule == "wsd":
+        return peak * (1 - (1 - floor) * max(progress - 0.8, 0) / 0.2)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -31,33 +41,42 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
 
 
 class ExponentialAverage:
-    """float32 moving average of a module's parameters, with a warm-up so that it follows early training."""
+    """float32 moving average of the trained parameters, with a warm-up so that it follows early training.
+
+    Sharded like the weights: each rank averages its part.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.shadow = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+        self.shadow = {name: p.detach().float().clone() for name, p in _trained(module)}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         shadows, values = [], []
-        for name, p in module.named_parameters():
-            shadows.append(self.shadow[name])
-            values.append(p.detach().float())
+        for name, p in _trained(module):
+            shadows.append(local(self.shadow[name]))
+            values.append(local(p.detach()).float())
         torch._foreach_lerp_(shadows, values, 1 - decay)
 
-    @torch.no_grad()
-    def swap_into(self, module: nn.Module) -> dict[str, Tensor]:
-        """Put the averaged weights into `module`; returns the weights that were there."""
-        previous = {}
-        for name, p in module.named_parameters():
-            previous[name] = p.detach().clone()
-            p.copy_(self.shadow[name])
-        return previous
+    @contextlib.contextmanager
+    def swapped_into(self, module: nn.Module) -> Iterator[None]:
+        """`module` in evaluation mode with the averaged weights, for as long as the block runs."""
+        previous: dict[str, Tensor] = {}
+        training = module.training
+        with torch.no_grad():
+            for name, p in _trained(module):
+                previous[name] = local(p).clone()
+                local(p).copy_(local(self.shadow[name]))
+        module.eval()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in _trained(module):
+                    local(p).copy_(previous[name])
+            module.train(training)
 
 
-@torch.no_grad()
-def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Undo `swap_into`."""
-    for name, p in module.named_parameters():
-        p.copy_(weights[name])
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -1,96 +1,208 @@
-"""Starting the stages from a data folder and a recipe."""
+"""Starting the stages from a dataset and a recipe"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
-from hartist.checkpoint import check_keys, read_weights
+from hartist.checkpoint import check_keys
+from hartist.config import TransformerConfig
+from hartist.data.reader import open_dataset
+from hartist.data.stream import ImageStream, Settings
+from hartist.data.transform import Crop
 from hartist.errors import UserError
 from hartist.generation.checkpoint import LoadedModel
-from hartist.generation.loading import find_model
+from hartist.generation.loading import find_model, load_any, load_tokenizer_of
+from hartist.scales import ScaleSchedule
 from hartist.text.loading import load_text_encoder
-from hartist.tokenizer.checkpoint import load_tokenizer
-from hartist.training.generator_stage import GeneratorStage, residual_scale
+from hartist.tokenizer.hybrid import HybridTokenizer
+from hartist.training.batches import micro_batches, step_seed
+from hartist.training.config import RunConfig
+from hartist.training.generator_stage import VALIDATION_IMAGES, GeneratorStage, TrainingPhase, residual_scale
+from hartist.training.image_source import ImageSource, MemorySource, StreamSource
 from hartist.training.images import load_images
 from hartist.training.loop import train
+from hartist.training.lora import add_adapters
+from hartist.training.parallel import Strategy, World
+from hartist.training.prepare import held_out, prepare_data
 from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe
-from hartist.training.token_cache import build_token_cache, cache_key
 from hartist.training.tokenizer_stage import TokenizerStage
 from hartist.transformer.model import ScaleTransformer
 
 
-def train_tokenizer(data: Path, out: Path, recipe: TokenizerRecipe, *, progress: bool = True) -> int:
-    """Train a tokenizer; returns the number of finished steps. The result is in out/tokenizer."""
-    train_set = load_images(data, "train", recipe.image_size, progress=progress)
-    validation = load_images(data, "validation", recipe.image_size, progress=progress)
-    stage = TokenizerStage(
-        recipe.tokenizer, recipe.losses, recipe.run, train_set.pixels, validation.pixels, train_set.fingerprint
+@dataclass(frozen=True)
+class DataOptions:
+    """How images are read."""
+
+    stream: bool = False
+    """Read as they are needed rather than all at the start: for more images than memory holds."""
+    workers: int = 0
+    """Processes that decode the images of a stream."""
+    crop: Crop = "centre"
+    """Of a stream; images in memory are cropped once, at their centre."""
+    flip: bool = False
+    """Mirror every other image."""
+
+
+def train_tokenizer(
+    data: Path | str,
+    out: Path,
+    recipe: TokenizerRecipe,
+    *,
+    options: DataOptions | None = None,
+    start_from: Path | None = None,
+    trunk: Path | None = None,
+    world: World | None = None,
+    progress: bool = True,
+) -> int:
+    """Train a tokenizer; returns the number of finished steps. The result is in out/tokenizer.
+
+    `start_from`: a tokenizer of any layout we read, to begin with instead of random weights (the recipe's
+    sizes then give way to its own). `trunk`: weights of the perceptual network, where no package has them.
+    """
+    world, options = world or World(), options or DataOptions()
+    check_shares(recipe.run, world)
+    if recipe.losses.frozen_encoder and start_from is None:
+        raise UserError("this recipe trains the decoder of a discrete tokenizer: name one with --start-from")
+    source, validation = _image_source(data, recipe, options, world, progress and world.main)
+    if start_from is not None:
+        tokenizer = load_tokenizer_of(start_from)
+    else:
+        torch.manual_seed(recipe.run.seed)
+        tokenizer = HybridTokenizer(recipe.tokenizer)
+    stage = TokenizerStage(tokenizer, recipe.losses, recipe.run, source, validation, world=world, trunk=trunk)
+    return train(stage, recipe.run, out, world=world, progress=progress)
+
+
+def check_shares(run: RunConfig, world: World, factor: int = 1) -> None:
+    """Raise UserError if the ranks can't share a batch equally: here, and not after hours of reading data."""
+    world.share(micro_batches(0, run.batch_size * factor, run.micro_batch, run.seed))
+
+
+def _image_source(
+    data: Path | str, recipe: TokenizerRecipe, options: DataOptions, world: World, progress: bool
+) -> tuple[ImageSource, UInt8[Tensor, "m h w 3"]]:
+    """The training images, and the held-out ones that are looked at now and then."""
+    size = recipe.image_size
+    if not options.stream:
+        train_set = load_images(data, "train", size, progress=progress)
+        validation = held_out(lambda: load_images(data, "validation", size, progress=progress), world)
+        memory = MemorySource(train_set.pixels, train_set.fingerprint, flip=options.flip)
+        return memory, train_set.pixels[:0] if validation is None else validation.pixels
+    settings = Settings(
+        size, options.crop, options.flip, seed=recipe.run.seed, world_size=world.size, workers=options.workers
     )
-    return train(stage, recipe.run, out, progress=progress)
+    opened = open_dataset(data, "train", streaming=True)
+    fingerprint = f"{opened.fingerprint}-{options.crop}{'-flip' if options.flip else ''}"
+    source = StreamSource(ImageStream(opened, settings, world.rank), fingerprint)
+    pixels = held_out(lambda: _first_images(data, size), world)
+    return source, torch.empty(0, size, size, 3, dtype=torch.uint8) if pixels is None else pixels
+
+
+def _first_images(data: Path | str, size: int) -> UInt8[Tensor, "m h w 3"]:
+    """Of the validation split, as many as are looked at."""
+    stream = ImageStream(open_dataset(data, "validation", streaming=True), Settings(size, shuffle=False, epochs=1))
+    return torch.stack([torch.from_numpy(sample.pixels) for sample in itertools.islice(stream, VALIDATION_IMAGES)])
 
 
 def train_generator(
-    data: Path,
-    tokenizer_dir: Path,
+    data: Path | str | None,
+    tokenizer_dir: Path | None,
     out: Path,
     recipe: GeneratorRecipe,
     *,
     text_encoder_dir: Path | None = None,
     start_from: Path | None = None,
+    lora_rank: int = 0,
+    cache_dir: Path | None = None,
+    world: World | None = None,
+    strategy: Strategy = "ddp",
     progress: bool = True,
 ) -> int:
-    """Train a text-conditional generator; returns the number of finished steps. The result is in out/model.
+    """Train a generator; returns the number of finished steps. The result is in out/model.
 
-    Without `text_encoder_dir` the bundled model's MiniLM encodes the captions. Tokens and text states
-    are computed once, into out/cache. `start_from` is a model whose transformer weights the run begins
-    with, instead of random ones; it must have the recipe's configuration and fit the tokenizer.
+    `start_from` is a model whose transformer the run begins with, instead of random weights; without
+    `tokenizer_dir` its tokenizer is taken, and its text encoder. Else the bundled model's MiniLM encodes the
+    captions. Tokens and text states are computed once, into `cache_dir` (out/cache); without `data` they are there.
     """
-    tokenizer = load_tokenizer(tokenizer_dir)
-    text_encoder_dir = text_encoder_dir or find_model(None) / "text_encoder"
-    encoder = load_text_encoder(text_encoder_dir, num_tokens=recipe.transformer.context_tokens)
-    _check_recipe(recipe, tokenizer.config.sides)
-
-    caches = {}
-    for split in ("train", "validation"):
-        images = load_images(data, split, recipe.image_size, progress=progress)
-        caches[split] = (
-            build_token_cache(out / "cache" / f"{split}.safetensors", images, tokenizer, encoder, progress=progress),
-            cache_key(images, tokenizer, encoder),
-            images.items,
-        )
-    cache, key, items = caches["train"]
+    world = world or World()
+    for phase in recipe.phases:
+        check_shares(recipe.run, world, phase.batch_factor)
+    start = load_any(start_from) if start_from is not None else None
+    if tokenizer_dir is None and start is None:
+        raise UserError("a generator needs a tokenizer: name one with --tokenizer, or a model with --start-from")
+    tokenizer = load_tokenizer_of(tokenizer_dir) if tokenizer_dir is not None else start.tokenizer  # type: ignore[union-attr]
+    _check_scales(recipe, tokenizer)
+    encoder = None
+    if recipe.transformer.condition == "text":
+        if text_encoder_dir is None:
+            own = start.text_encoder_dir if start is not None else None
+            text_encoder_dir = own or find_model(None) / "text_encoder"
+        encoder = load_text_encoder(text_encoder_dir, num_tokens=recipe.transformer.context_tokens)
+    prepared = prepare_data(
+        data, cache_dir or out / "cache", recipe.phases, tokenizer, encoder, world=world, progress=progress
+    )
     config = dataclasses.replace(
         recipe.transformer,
         vocab_size=tokenizer.config.vocab_size,
         latent_channels=tokenizer.config.latent_channels,
-        context_dim=encoder.dim,
+        context_dim=encoder.dim if encoder is not None else recipe.transformer.context_dim,
     )
-    if config.residual is not None:
+    if config.residual is not None and start is None:
         # The spread of the residual tokens is the tokenizer's; diffusion wants it within ±1.
-        scale = residual_scale(cache, tokenizer.quantizer)
+        last_length = ScaleSchedule.from_sides(recipe.phases[-1].sides).lengths[-1]
+        scale = residual_scale(prepared.train[-1], tokenizer.quantizer, last_length)
         config = dataclasses.replace(config, residual=dataclasses.replace(config.residual, target_scale=scale))
-    torch.manual_seed(recipe.run.seed)
-    transformer = ScaleTransformer(config)
-    transformer.initialise()
-    if start_from is not None:
-        weights = read_weights(start_from / "transformer", torch.float32)
-        check_keys(transformer.state_dict(), weights, str(start_from))
-        transformer.load_state_dict(weights)
-    model = LoadedModel(
-        tokenizer, transformer, encoder, recipe.name, settings=recipe.sampling, text_encoder_dir=text_encoder_dir
-    )
-    held_out = caches["validation"][2]
-    prompts = [item.text for item in items[:: max(1, len(items) // 24)][:24]]
-    prompts += [item.text for item in held_out[:: max(1, len(held_out) // 8)][:8]]
-    stage = GeneratorStage(config, recipe.losses, recipe.run, cache, caches["validation"][0], model, key, prompts)
-    return train(stage, recipe.run, out, progress=progress)
-
-
-def _check_recipe(recipe: GeneratorRecipe, sides: tuple[object, ...]) -> None:
-    if tuple(recipe.transformer.sides) != tuple(sides):
-        raise UserError(
-            f"the tokenizer was trained for the scales {list(sides)}, the recipe has {list(recipe.transformer.sides)}"
+    transformer = _first_transformer(config, start, recipe.run.seed, str(start_from))
+    if lora_rank:
+        add_adapters(transformer, lora_rank, recipe.run.seed)
+    text_dir = text_encoder_dir if encoder is not None else None
+    model = LoadedModel(tokenizer, transformer, encoder, recipe.name, recipe.sampling, text_dir)
+    phases = [
+        TrainingPhase(
+            first,
+            recipe.run.batch_size * phase.batch_factor,
+            ScaleSchedule.from_sides(phase.sides),
+            phase.scales or len(phase.sides),
+            prepared.train[i],
+            prepared.validation[i],
         )
+        for i, (first, phase) in enumerate(zip(recipe.first_steps(), recipe.phases, strict=True))
+    ]
+    key = f"{prepared.key}{f'-lora{lora_rank}' if lora_rank else ''}"
+    stage = GeneratorStage(recipe.losses, recipe.run, phases, model, key, prompts=prepared.prompts, world=world)
+    return train(stage, recipe.run, out, world=world, strategy=strategy, progress=progress)
+
+
+def _first_transformer(config: TransformerConfig, start: LoadedModel | None, seed: int, where: str) -> ScaleTransformer:
+    """With random weights, or with those of a model of the same configuration."""
+    if start is None:
+        torch.manual_seed(step_seed(seed, 0, stream=4))
+        transformer = ScaleTransformer(config)
+        transformer.initialise()
+        return transformer
+    if config.residual is not None and start.transformer.config.residual is not None:
+        residual = dataclasses.replace(config.residual, target_scale=start.transformer.config.residual.target_scale)
+        config = dataclasses.replace(config, residual=residual)
+    transformer = ScaleTransformer(config)
+    weights = {name: tensor.float() for name, tensor in start.transformer.state_dict().items()}
+    check_keys(transformer.state_dict(), weights, where)
+    transformer.load_state_dict(weights)
+    return transformer
+
+
+def _check_scales(recipe: GeneratorRecipe, tokenizer: HybridTokenizer) -> None:
+    """Scales beside the tokenizer's own are fine if they share their φ: it is one tokenizer at every resolution."""
+    for phase in recipe.phases:
+        finest = ScaleSchedule.from_sides(phase.sides).finest
+        if finest[0] * tokenizer.config.downsampling != phase.image_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.config.downsampling} pixels a cell: {phase.image_size} px do not "
+                f"make the {finest[0]}×{finest[1]} cells of the recipe {recipe.name}"
+            )

@@ -9,6 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 MIN_KEPT = 32
+MEAN_DROP = 0.82
+"""The mean of `drop_ratio`."""
 
 
 def drop_ratio(generator: torch.Generator | None = None) -> float:

@@ -39,7 +39,8 @@ def block_causal_attention(
 ) -> Float[Tensor, "b n t e"]:
     """Attention within a sequence of context and scales, in the form that is fastest on its device."""
     device, lengths = q_BNtE.device, runs.lengths
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # rotations are float32, as positions have to be exact
+    # Rotations are float32, as positions have to be exact; nothing is computed on the meta device.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         q_BNtE, k_BNtE, v_BNtE = (x.to(torch.get_autocast_dtype(device.type)) for x in (q_BNtE, k_BNtE, v_BNtE))
     if device.type == "cuda":
         return attend_flex(q_BNtE, k_BNtE, v_BNtE, scale, flex_mask(lengths, str(device)))

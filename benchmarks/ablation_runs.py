@@ -1,0 +1,212 @@
+"""Small training runs for ablations: recipes, runs that are resumed and never repeated, and their figures on disk"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hartist.config import ResidualConfig, TokenizerConfig, TransformerConfig
+from hartist.errors import UserError
+from hartist.files import read_json, write_json
+from hartist.training.config import OptimizerConfig, Phase, RunConfig
+from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe, emoji_generator, emoji_tokenizer
+from hartist.training.run import train_generator, train_tokenizer
+
+SIDES = (1, 2, 3, 4, 6, 9, 16)
+"""403 tokens, of which 256 on the last scale: enough for token subsampling to matter."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is trained."""
+
+    image_size: int
+    tokenizer: TokenizerConfig
+    transformer: TransformerConfig
+    tokenizer_batch: int
+    generator_batch: int
+    perceptual: float
+    """Weight of the perceptual loss; 0 needs no weights for it."""
+
+
+def small_sizes() -> Sizes:
+    """A tokenizer of 2 M and a transformer of 5 M parameters, at 64 px of 4 pixels a cell."""
+    tokenizer = TokenizerConfig(
+        vocab_size=512,
+        latent_channels=16,
+        channels=96,
+        channel_multipliers=(1,),
+        blocks_per_level=2,
+        stem=4,
+        sides=SIDES,
+    )
+    transformer = replace(
+        emoji_generator().transformer,
+        sides=SIDES,
+        vocab_size=512,
+        latent_channels=16,
+        context_tokens=24,
+        width=256,
+        depth=5,
+        heads=4,
+        residual=ResidualConfig(width=192, depth=3, steps=8),
+    )
+    return Sizes(64, tokenizer, transformer, tokenizer_batch=32, generator_batch=16, perceptual=0.1)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Optimiser steps of every run, the same for all variants of an ablation."""
+
+    tokenizer: int
+    generator: int
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A folder of runs on one dataset, with results.json: the figures of those that are finished, by name."""
+
+    data: Path
+    out: Path
+    sizes: Sizes
+    budget: Budget
+    seed: int = 0
+
+    def claim(self) -> None:
+        """Make the folder this dataset's. Raises UserError if it is another's."""
+        digest = hashlib.sha256()
+        for split in ("train", "validation"):
+            metadata = self.data / split / "metadata.jsonl"
+            if not metadata.is_file():
+                raise UserError(f"{metadata} does not exist; build a dataset with `hartist data emoji`")
+            digest.update(metadata.read_bytes())
+        owner = {"dataset": digest.hexdigest()[:16]}
+        path = self.out / "dataset.json"
+        if path.exists() and read_json(path) != owner:
+            raise UserError(f"{self.out} holds the runs of another dataset; choose another --out")
+        write_json(path, owner)
+
+    def figures(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The figures under this name; what isn't there yet is measured and added."""
+        path = self.out / "results.json"
+        known = read_json(path) if path.exists() else {}
+        if name in known:
+            say(f"{name}: known")
+        else:
+            start = time.monotonic()
+            found = measure()
+            known = (read_json(path) if path.exists() else {}) | {name: found}
+            write_json(path, known)
+            say(f"{name}: finished after {time.monotonic() - start:.0f} s")
+        return known[name]
+
+    # ----------------------------------------------------------------- tokenizers
+
+    def tokenizer(self, coin: float | None) -> Path:
+        """The base tokenizer (None), or it with its decoder trained further, all else frozen (paper section 4).
+
+        The base is trained from scratch on the discrete path alone. `coin` is the share of hybrid steps of a
+        decoder's training: 0 is the discrete path alone, 1 the hybrid path alone.
+        """
+        steps, run = self.budget.tokenizer, self.out / self.tokenizer_name(coin)
+        losses = replace(
+            emoji_tokenizer().losses,
+            perceptual=self.sizes.perceptual,
+            perceptual_crop=32,
+            hybrid_probability=coin or 0.0,
+            frozen_encoder=coin is not None,
+            continuous_steps=steps // 5 if coin is None else 0,
+        )
+        run_config = RunConfig(
+            steps=steps,
+            batch_size=self.sizes.tokenizer_batch,
+            seed=self.seed,
+            optimizer=OptimizerConfig(
+                learning_rate=1e-3 if coin is None else 3e-4, warmup_steps=min(50, steps // 10), ema_decay=0.995
+            ),
+            log_every=max(1, steps // 20),
+            picture_every=steps,
+        )
+        recipe = TokenizerRecipe(self.sizes.image_size, self.sizes.tokenizer, losses, run_config)
+        start = None if coin is None else self.tokenizer(None)
+        self._train(run, steps, lambda: train_tokenizer(self.data, run, recipe, start_from=start, progress=watched()))
+        return run / "tokenizer"
+
+    def tokenizer_name(self, coin: float | None) -> str:
+        kind = "base" if coin is None else f"decoder-coin{coin:.2f}"
+        return f"{kind}-{self.budget.tokenizer}-seed{self.seed}"
+
+    # ----------------------------------------------------------------- generators
+
+    def generator(self, dropped: float) -> Path:
+        """A generator whose training drops this share of the last scale's cells; returns the run's folder."""
+        tokenizer = self.tokenizer(0.5)
+        steps, template = self.budget.generator, emoji_generator()
+        run_config = RunConfig(
+            steps=steps,
+            batch_size=self.sizes.generator_batch,
+            seed=self.seed,
+            optimizer=replace(template.run.optimizer, warmup_steps=min(50, steps // 10), ema_decay=0.99),
+            log_every=max(1, steps // 20),
+            picture_every=steps,
+        )
+        recipe = GeneratorRecipe(
+            name=self.generator_name(dropped),
+            phases=(Phase(self.sizes.image_size, self.sizes.transformer.sides),),
+            transformer=self.sizes.transformer,
+            losses=replace(template.losses, subsample_last_scale=dropped > 0, drop_share=dropped or None),
+            run=run_config,
+            sampling=template.sampling,
+        )
+        run = self.out / recipe.name
+        cache = self.out / f"tokens-{self.budget.tokenizer}-seed{self.seed}"
+        self._train(
+            run,
+            steps,
+            lambda: train_generator(self.data, tokenizer, run, recipe, cache_dir=cache, progress=watched()),
+        )
+        return run
+
+    def generator_name(self, dropped: float) -> str:
+        return f"generator-drop{dropped:.2f}-{self.budget.generator}-of-{self.budget.tokenizer}-seed{self.seed}"
+
+    def _train(self, run: Path, steps: int, train: Callable[[], int]) -> None:
+        """Finish a run unless it is finished. Raises UserError if it is interrupted."""
+        state = run / "checkpoint" / "state.json"
+        if state.exists() and read_json(state).get("step") == steps:
+            return
+        say(f"{run.name}: {steps} steps")
+        done = train()
+        if done < steps:
+            raise UserError(f"{run.name} stopped after {done} of {steps} steps; run the same command again to resume")
+
+
+def last_figure(run: Path, name: str) -> float:
+    """The last value that a run has logged under this name."""
+    return [row[name] for row in _rows(run) if name in row][-1]
+
+
+def seconds_per_step(run: Path, batch_size: int) -> float:
+    """The median over the windows of a run's log, the first left out where there are more."""
+    rates = [row["images_per_second"] for row in _rows(run) if "images_per_second" in row]
+    return batch_size / statistics.median(rates[1:] or rates)
+
+
+def _rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def watched() -> bool:
+    """Whether somebody looks at progress bars."""
+    return sys.stderr.isatty()

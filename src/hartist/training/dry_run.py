@@ -1,0 +1,212 @@
+"""What a run would take: parameters, tokens, memory and time, told before anything starts"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hartist.scales import ScaleSchedule
+from hartist.tokenizer.hybrid import HybridTokenizer
+from hartist.training.config import Phase, RunConfig
+from hartist.training.cost import BACKWARD, forward_flops, peak_flops
+from hartist.training.generator_cost import empty_condition, step_flops
+from hartist.training.parallel import Strategy, World
+from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe
+from hartist.training.subsampling import MEAN_DROP, kept_count
+from hartist.transformer.model import ScaleTransformer
+
+
+@dataclass(frozen=True)
+class Work:
+    """The steps of one phase."""
+
+    steps: int
+    batch: int
+    flops: float
+    """Per image."""
+
+
+STATE_BYTES = 20
+"""A trained parameter's: weight, gradient, two moments and the average, float32 each."""
+REFERENCE = "8×H100", 8 * 989e12
+REFERENCE_MFU = 0.35
+"""Assumed, not measured: a usual utilisation of such machines by transformers of this size."""
+
+
+def describe_tokenizer(recipe: TokenizerRecipe, world: World) -> str:
+    """The lines of `--dry-run` for a tokenizer."""
+    side, config = recipe.image_size, recipe.tokenizer
+    network = _on_meta(lambda: HybridTokenizer(config))
+
+    def forward(network: nn.Module, batch: int) -> Tensor:
+        assert isinstance(network, HybridTokenizer)
+        image = torch.empty(batch, 3, side, side, device=next(network.parameters()).device)
+        return network.decoder(network.post_quant_conv(network.quant_conv(network.encoder(image))))
+
+    flops = (1 + BACKWARD) * forward_flops(lambda: HybridTokenizer(config), lambda net: forward(net, 1))
+    lines = [f"tokenizer: {_millions(network)} M parameters, {side} px → {'×'.join(map(str, config.schedule.finest))}"]
+    lines.append(f"tokens per image: {config.schedule.num_tokens:,} on {len(config.schedule)} scales")
+    micro = recipe.run.micro_batch or max(1, recipe.run.batch_size // world.size)
+    activations = saved_bytes(network, lambda: forward(network, micro), recipe.run.bf16)
+    lines += _memory(network, activations, world, "ddp")
+    lines += _time(recipe.run, world, [Work(recipe.run.steps, recipe.run.batch_size, flops)])
+    if _fits_here(network, activations, world):
+        count = recipe.run.batch_size // micro // world.size
+        seconds = measured_seconds(lambda: HybridTokenizer(config), lambda net: forward(net, micro), recipe.run, world)
+        lines.append(_measured(seconds * count, recipe.run.steps))
+    lines.append("perceptual network and discriminator come on top of these figures")
+    return "\n".join(lines)
+
+
+def describe_generator(recipe: GeneratorRecipe, world: World, strategy: Strategy) -> str:
+    """The lines of `--dry-run` for a generator."""
+    config, losses = recipe.transformer, recipe.losses
+    network = _on_meta(lambda: ScaleTransformer(config))
+    lines = [f"transformer: {_millions(network)} M parameters, width {config.width}, {config.depth} blocks"]
+    work: list[Work] = []
+    most = 0.0
+    firsts = [*recipe.first_steps(), recipe.run.steps]
+    for i, phase in enumerate(recipe.phases):
+        schedule = ScaleSchedule.from_sides(phase.sides)
+        lines.append(_tokens(phase, schedule, config.prefix_tokens, losses.subsample_last_scale, losses.drop_share))
+        batch = recipe.run.batch_size * phase.batch_factor
+        flops = step_flops(config, schedule, losses, phase.scales or None)
+        work.append(Work(firsts[i + 1] - firsts[i], batch, flops))
+        micro = recipe.run.micro_batch or max(1, batch // world.size)
+        forward = functools.partial(_forward, schedule=schedule, micro=micro, run=recipe.run)
+        most = max(most, saved_bytes(network, functools.partial(forward, network), recipe.run.bf16))
+    lines += _memory(network, most, world, strategy)
+    lines += _time(recipe.run, world, work)
+    if _fits_here(network, most, world):
+        count = batch // micro // world.size
+        seconds = measured_seconds(lambda: ScaleTransformer(config), forward, recipe.run, world)
+        lines.append(_measured(seconds * count, work[-1].steps))
+    return "\n".join(lines)
+
+
+def _tokens(phase: Phase, schedule: ScaleSchedule, prefix: int, subsampled: bool, share: float | None) -> str:
+    image = schedule.num_tokens
+    line = f"tokens per image at {phase.image_size} px: {prefix} of the condition, {image:,} on {len(schedule)} scales"
+    if subsampled:
+        kept = kept_count(schedule.lengths[-1], MEAN_DROP if share is None else share)
+        line += f"; {image - schedule.lengths[-1] + kept:,} seen on average"
+    return line
+
+
+def _forward(network: nn.Module, schedule: ScaleSchedule, micro: int, run: RunConfig) -> Tensor:
+    """The teacher-forced pass of a micro-batch without content."""
+    assert isinstance(network, ScaleTransformer)
+    network.use_schedule(schedule)
+    network.activation_checkpointing = run.activation_checkpointing
+    config, device = network.config, network.word_embed.weight.device
+    with torch.device(device):
+        condition = network.prepare(_repeat(empty_condition(config), micro))
+        input_BLC = torch.zeros(micro, sum(schedule.lengths[1:]), config.latent_channels)
+        kept = kept_count(schedule.lengths[-1], MEAN_DROP)
+        output = network.forward_all(input_BLC, condition, torch.arange(kept).expand(micro, -1))
+        return network.logits(output.hidden_BTD, condition)
+
+
+def _repeat(condition: Any, count: int) -> Any:
+    if isinstance(condition, Tensor):
+        return condition.expand(count)
+    return condition.select(torch.zeros(count, dtype=torch.long))
+
+
+def saved_bytes(network: nn.Module, forward: Callable[[], Tensor], bf16: bool) -> float:
+    """What the backward pass would keep of a forward pass, beside the weights; nothing is computed."""
+    own = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = tensor, storage.nbytes()  # holding the tensor keeps its address from being reused
+        return tensor
+
+    with (
+        torch.enable_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        forward()
+    total = float(sum(size for _, size in kept.values()))
+    return total / 2 if bf16 else total
+
+
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def _millions(network: nn.Module) -> str:
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:,.1f}"
+
+
+def _memory(network: nn.Module, activations: float, world: World, strategy: Strategy) -> list[str]:
+    parameters = sum(p.numel() for p in network.parameters())
+    state = parameters * STATE_BYTES / (world.size if strategy == "fsdp" else 1)
+    return [
+        f"memory per rank: {(state + activations) / 2**30:.2f} GiB, of it {state / 2**30:.2f} for weights, gradients, "
+        f"moments and average, about {activations / 2**30:.2f} for activations"
+    ]
+
+
+def _fits_here(network: nn.Module, activations: float, world: World) -> bool:
+    """Whether a step can be tried: at most a third of a GPU's memory, or 4 GiB on a CPU."""
+    needed = sum(p.numel() for p in network.parameters()) * STATE_BYTES + activations
+    if world.device.type == "cuda":
+        return needed < torch.cuda.get_device_properties(world.device).total_memory / 3
+    return world.device.type == "cpu" and needed < 4 * 2**30
+
+
+def measured_seconds(
+    build: Callable[[], nn.Module], forward: Callable[[nn.Module], Tensor], run: RunConfig, world: World
+) -> float:
+    """Of forward and backward pass with weights and inputs without content, the second time."""
+    with torch.device(world.device):
+        network = build()
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=run.bf16):
+            output = forward(network)
+        output.float().mean().backward()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def _measured(seconds: float, steps: int) -> str:
+    return f"measured on this machine: {seconds:.2f} s a step of the last kind, {_duration(seconds * steps)} for them"
+
+
+def _time(run: RunConfig, world: World, work: list[Work]) -> list[str]:
+    lines = [f"{w.steps:,} steps of {w.batch:,} images, {w.batch * w.flops / 1e12:.3g} TFLOP each" for w in work]
+    total = sum(w.steps * w.batch * w.flops for w in work)
+    measured = peak_flops(world, run.bf16)
+    if measured:
+        ranks = f"{world.size} {'rank' if world.size == 1 else 'ranks'}"
+        lines.append(
+            f"this machine ({ranks}, {measured / 1e12:.2f} TFLOP/s at best): at least {_duration(total / measured)}"
+        )
+    name, peak = REFERENCE
+    hours = _duration(total / peak / REFERENCE_MFU)
+    lines.append(f"{name}, an estimate: {hours} at an assumed utilisation of {REFERENCE_MFU:.0%}")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 200 * 3600 else f"{seconds / 86400:.1f} days"
