@@ -52,11 +52,11 @@ def train_tokenizer(
 def train_generator(
     run_dir: Path, world: World | None = None, strategy: Strategy = "ddp", *, stop: int | None = None
 ) -> int:
-    """Two phases, coarse and full steps; batches of four in four parts, so that gradients accumulate on any rank.
+    """Two phases, coarse and full steps, activations recomputed; batches of four in four parts: any rank accumulates.
 
     The token caches are beside the run's folder.
     """
-    run = run_config(GENERATOR_STEPS, micro_batch=1)
+    run = run_config(GENERATOR_STEPS, micro_batch=1, activation_checkpointing=True)
     stage = make_generator_stage(run, run_dir.parent, COARSE, world, coarse_first=True)
     if stop is not None:
         stop_after(stage, stop)

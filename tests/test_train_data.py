@@ -24,7 +24,7 @@ from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe, imagenet
 from hartist.training.run import DataOptions, train_generator, train_tokenizer
 from runs import assert_same_state, log_rows, loss_curve, saved_step, state_files
 from small import SIDES, VAR, pictures, random_tokenizer, run_config, tokenizer_config, transformer_config
-from tiny import SIZE
+from tiny import SIZE, write_tiny_bert
 
 
 def png(number: int) -> bytes:
@@ -60,7 +60,7 @@ def test_broken_images_and_missing_captions_are_named_and_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_folder(tmp_path / "data", 7)
-    (folder / "2.png").write_bytes(png(2)[:100])
+    (folder / "2.png").write_bytes(png(2)[:40])
     (folder / "4.png").unlink()
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     rows[5]["text"] = ""
@@ -147,7 +147,7 @@ def write_tars(folder: Path, cut: int | None = None) -> Path:
 
 
 def test_a_cut_off_shard_costs_its_images_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_tars(tmp_path / "data", cut=2500)
+    data = write_tars(tmp_path / "data", cut=2700)
     assert train(data, tmp_path / "read", steps=1) == 1
     assert "1.tar" in capsys.readouterr().err
     assert train(data, tmp_path / "streamed", steps=4, stream=True) == 4
@@ -177,13 +177,20 @@ def class_recipe(steps: int) -> GeneratorRecipe:
     )
 
 
+@pytest.mark.parametrize("captions", [False, True])
 def test_classes_train_from_a_cache_that_the_data_command_made(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], captions: bool
 ) -> None:
+    """Captions beside the classes do no harm."""
     data = write_folder(tmp_path / "data", 5)
+    rows = [{"file_name": f"{n}.png", "class": n} for n in range(5)]
+    if captions:
+        rows = [row | {"text": "a picture"} for row in rows]
+    write_rows(data, rows)
     save_tokenizer(random_tokenizer(), tmp_path / "tokenizer")
     call = ["data", "cache", "--data", str(data), "--tokenizer", str(tmp_path / "tokenizer"), "-q", "--device", "cpu"]
     cache = tmp_path / "caches" / f"train-{SIZE}"
+    call += ["--text-encoder", str(write_tiny_bert(tmp_path / "bert"))]
     assert main([*call, "--label-column", "class", "--out", str(cache)]) == 0
     capsys.readouterr()
     options = {"cache_dir": tmp_path / "caches", "progress": False}

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,6 +21,9 @@ from hartist.errors import UserError
 
 Value = TypeVar("Value")
 Strategy = Literal["ddp", "fsdp"]
+
+PATIENCE = timedelta(hours=12)
+"""How long ranks wait for one that encodes a dataset. Of a rank that dies torchrun tells them at once."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ def join_world(device: str = "cpu") -> Iterator[World]:
     store, rank, size = next(rendezvous("env://"))
     # Workers that torchrun starts again find what those before them left in its store, and would wait for the dead.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(rank, size, place)
     finally:

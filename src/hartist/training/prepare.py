@@ -84,6 +84,8 @@ def _opened(path: Path, phase: Phase, tokenizer: HybridTokenizer, encoder: TextE
     if not needed and not path.exists():
         return None, ""
     parts = cache_parts(tokenizer, encoder, phase.image_size, ScaleSchedule.from_sides(phase.sides))
+    if encoder is None:
+        del parts["text_encoder"]  # classes have no use for captions, but these may be there
     return open_token_cache(path, parts), read_index(path)["key"]
 
 
