@@ -6,20 +6,22 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hartist.scales import ScaleSchedule
 from hartist.tokenizer.hybrid import HybridTokenizer
-from hartist.training.config import Phase, RunConfig
-from hartist.training.cost import BACKWARD, forward_flops, peak_flops
-from hartist.training.generator_cost import empty_condition, step_flops
+from hartist.training.config import GeneratorLossConfig, Phase, RunConfig
+from hartist.training.cost import peak_flops
+from hartist.training.generator_cost import empty_pass, mean_kept, step_flops
 from hartist.training.parallel import Strategy, World
 from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe
-from hartist.training.subsampling import MEAN_DROP, kept_count
+from hartist.training.tokenizer_stage import image_flops
 from hartist.transformer.model import ScaleTransformer
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,11 @@ def describe_tokenizer(recipe: TokenizerRecipe, world: World) -> str:
     side, config = recipe.image_size, recipe.tokenizer
     network = _on_meta(lambda: HybridTokenizer(config))
 
-    def forward(network: nn.Module, batch: int) -> Tensor:
-        assert isinstance(network, HybridTokenizer)
+    def forward(network: HybridTokenizer, batch: int) -> Tensor:
         image = torch.empty(batch, 3, side, side, device=next(network.parameters()).device)
         return network.decoder(network.post_quant_conv(network.quant_conv(network.encoder(image))))
 
-    flops = (1 + BACKWARD) * forward_flops(lambda: HybridTokenizer(config), lambda net: forward(net, 1))
+    flops = image_flops(config, side)
     lines = [f"tokenizer: {_millions(network)} M parameters, {side} px → {'×'.join(map(str, config.schedule.finest))}"]
     lines.append(f"tokens per image: {config.schedule.num_tokens:,} on {len(config.schedule)} scales")
     micro = recipe.run.micro_batch or max(1, recipe.run.batch_size // world.size)
@@ -67,56 +68,46 @@ def describe_tokenizer(recipe: TokenizerRecipe, world: World) -> str:
 def describe_generator(recipe: GeneratorRecipe, world: World, strategy: Strategy) -> str:
     """The lines of `--dry-run` for a generator."""
     config, losses = recipe.transformer, recipe.losses
-    network = _on_meta(lambda: ScaleTransformer(config))
+
+    def build() -> ScaleTransformer:
+        network = ScaleTransformer(config)
+        network.activation_checkpointing = recipe.run.activation_checkpointing
+        return network
+
+    network = _on_meta(build)
     lines = [f"transformer: {_millions(network)} M parameters, width {config.width}, {config.depth} blocks"]
     work: list[Work] = []
     most = 0.0
     firsts = [*recipe.first_steps(), recipe.run.steps]
     for i, phase in enumerate(recipe.phases):
         schedule = ScaleSchedule.from_sides(phase.sides)
-        lines.append(_tokens(phase, schedule, config.prefix_tokens, losses.subsample_last_scale, losses.drop_share))
+        lines.append(_tokens(phase, schedule, config.prefix_tokens, losses))
         batch = recipe.run.batch_size * phase.batch_factor
-        flops = step_flops(config, schedule, losses, phase.scales or None)
+        scales = phase.scales or len(schedule)
+        flops = step_flops(config, schedule, losses, scales)
         work.append(Work(firsts[i + 1] - firsts[i], batch, flops))
         micro = recipe.run.micro_batch or max(1, batch // world.size)
-        forward = functools.partial(_forward, schedule=schedule, micro=micro, run=recipe.run)
+        forward = functools.partial(_logits, schedule=schedule, losses=losses, images=micro, scales=scales)
         most = max(most, saved_bytes(network, functools.partial(forward, network), recipe.run.bf16))
     lines += _memory(network, most, world, strategy)
     lines += _time(recipe.run, world, work)
     if _fits_here(network, most, world):
         count = batch // micro // world.size
-        seconds = measured_seconds(lambda: ScaleTransformer(config), forward, recipe.run, world)
+        seconds = measured_seconds(build, forward, recipe.run, world)
         lines.append(_measured(seconds * count, work[-1].steps))
     return "\n".join(lines)
 
 
-def _tokens(phase: Phase, schedule: ScaleSchedule, prefix: int, subsampled: bool, share: float | None) -> str:
+def _logits(network: ScaleTransformer, **what: Any) -> Tensor:
+    return empty_pass(network, **what)[1]
+
+
+def _tokens(phase: Phase, schedule: ScaleSchedule, prefix: int, losses: GeneratorLossConfig) -> str:
     image = schedule.num_tokens
     line = f"tokens per image at {phase.image_size} px: {prefix} of the condition, {image:,} on {len(schedule)} scales"
-    if subsampled:
-        kept = kept_count(schedule.lengths[-1], MEAN_DROP if share is None else share)
-        line += f"; {image - schedule.lengths[-1] + kept:,} seen on average"
+    if losses.subsample_last_scale:
+        line += f"; {image - schedule.lengths[-1] + mean_kept(schedule, losses):,} seen on average"
     return line
-
-
-def _forward(network: nn.Module, schedule: ScaleSchedule, micro: int, run: RunConfig) -> Tensor:
-    """The teacher-forced pass of a micro-batch without content."""
-    assert isinstance(network, ScaleTransformer)
-    network.use_schedule(schedule)
-    network.activation_checkpointing = run.activation_checkpointing
-    config, device = network.config, network.word_embed.weight.device
-    with torch.device(device):
-        condition = network.prepare(_repeat(empty_condition(config), micro))
-        input_BLC = torch.zeros(micro, sum(schedule.lengths[1:]), config.latent_channels)
-        kept = kept_count(schedule.lengths[-1], MEAN_DROP)
-        output = network.forward_all(input_BLC, condition, torch.arange(kept).expand(micro, -1))
-        return network.logits(output.hidden_BTD, condition)
-
-
-def _repeat(condition: Any, count: int) -> Any:
-    if isinstance(condition, Tensor):
-        return condition.expand(count)
-    return condition.select(torch.zeros(count, dtype=torch.long))
 
 
 def saved_bytes(network: nn.Module, forward: Callable[[], Tensor], bf16: bool) -> float:
@@ -132,7 +123,6 @@ def saved_bytes(network: nn.Module, forward: Callable[[], Tensor], bf16: bool) -
 
     with (
         torch.enable_grad(),
-        torch.autocast("cpu", torch.bfloat16, enabled=False),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         forward()
@@ -140,7 +130,7 @@ def saved_bytes(network: nn.Module, forward: Callable[[], Tensor], bf16: bool) -
     return total / 2 if bf16 else total
 
 
-def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+def _on_meta(build: Callable[[], Network]) -> Network:
     with torch.device("meta"):
         return build()
 
@@ -167,7 +157,7 @@ def _fits_here(network: nn.Module, activations: float, world: World) -> bool:
 
 
 def measured_seconds(
-    build: Callable[[], nn.Module], forward: Callable[[nn.Module], Tensor], run: RunConfig, world: World
+    build: Callable[[], Network], forward: Callable[[Network], Tensor], run: RunConfig, world: World
 ) -> float:
     """Of forward and backward pass with weights and inputs without content, the second time."""
     with torch.device(world.device):
