@@ -100,8 +100,7 @@ def examine(source: Source, limit: int | None = None, *, progress: bool = True) 
         report.captions += len(record.captions)
         report.texts.update(record.captions)
     if not report.images:
-        why = f": {report.skipped.summary()}" if len(report.skipped) else ""
-        raise UserError(f"{source.name} has no image that can be read{why}")
+        raise report.skipped.nothing_left(source.name)
     return report
 
 

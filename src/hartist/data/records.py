@@ -61,6 +61,11 @@ class Skipped:
         """Those remembered of one kind."""
         return [broken for broken in self.found.values() if broken.kind == kind]
 
+    def nothing_left(self, name: str, split: str = "") -> UserError:
+        """The refusal of a dataset of which everything was skipped."""
+        where, why = f" in {split}" if split else "", f": {self.summary()}" if len(self) else ""
+        return UserError(f"{name} has no image{where} that can be read{why}")
+
     def summary(self, shown: int = 3) -> str:
         """One line, such as `2 skipped: a.png (does not exist), b.png (no caption)`."""
         first = [f"{broken.name} ({broken.reason})" for broken in list(self.found.values())[:shown]]

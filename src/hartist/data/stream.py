@@ -113,8 +113,7 @@ class ImageStream:
                 self.taken += 1
                 yield item
         if not found:
-            why = f": {self.skipped.summary()}" if len(self.skipped) else ""
-            raise UserError(f"{self.source.name} has no image that can be read{why}")
+            raise self.skipped.nothing_left(self.source.name)
 
     def _items(self) -> Iterator[tuple[Item, Position]]:
         lanes = _Lanes(self.source, self.settings, self.rank, tuple(self._positions), self._next)

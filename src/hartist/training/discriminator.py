@@ -9,9 +9,6 @@ from torch import Tensor, nn
 
 from hartist.checkpoint import build_empty, check_keys
 from hartist.errors import UserError
-from hartist.training.adversarial_terms import adaptive_weight, hinge_loss
-
-__all__ = ["PatchDiscriminator", "adaptive_weight", "hinge_loss", "load_released_discriminator"]
 
 PREFIX = "disc."
 

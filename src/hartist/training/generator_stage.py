@@ -31,7 +31,7 @@ from hartist.training.loop import Part, StepLoss
 from hartist.training.lora import merged
 from hartist.training.parallel import World
 from hartist.training.subsampling import drop_ratio, kept_count, kept_positions
-from hartist.training.token_shards import Cache, TokenCache
+from hartist.training.token_shards import Cache, TokenCache, spread_rows
 from hartist.transformer.model import ScaleTransformer
 
 REPAIR = SamplingSettings(top_k=600, top_p=0.96)
@@ -82,7 +82,6 @@ class GeneratorStage:
                 block.compile(dynamic=True)  # the number of kept cells changes from step to step
         self.quantizer = model.tokenizer.quantizer.to(self.device)
         self.model = model
-        self._flops: dict[tuple[int, int], float] = {}
 
     @property
     def tokenizer(self) -> HybridTokenizer:
@@ -131,10 +130,7 @@ class GeneratorStage:
         """With the mean number of kept cells, of a full or a coarse step."""
         phase = self.phase_at(step)
         scales = self._scales(MicroBatch(step, 0, 1, 1, self.run.seed), phase)
-        key = phase.first_step, scales
-        if key not in self._flops:
-            self._flops[key] = step_flops(self.transformer.config, phase.schedule, self.losses, scales)
-        return self._flops[key] * phase.batch_size
+        return step_flops(self.transformer.config, phase.schedule, self.losses, scales) * phase.batch_size
 
     def _scales(self, micro: MicroBatch, phase: TrainingPhase) -> int:
         """How many scales the step sees: one draw for its whole batch."""
@@ -259,9 +255,7 @@ class GeneratorStage:
         if phase.validation is None:
             return {}
         # Evenly from all held-out images: they may be sorted by subject.
-        count = min(len(phase.validation), VALIDATION_IMAGES)
-        rows_N = torch.arange(count) * len(phase.validation) // count
-        for rows_B in rows_N.split(VALIDATION_BATCH):
+        for rows_B in spread_rows(phase.validation, VALIDATION_IMAGES).split(VALIDATION_BATCH):
             batch = phase.validation.rows(rows_B)
             for key, value in self.batch_loss(transformer, batch, scales=phase.scales).logs.items():
                 logs.setdefault(f"validation_{key}", []).append(value)
@@ -287,8 +281,7 @@ def drop_condition(context: TextContext, probability: float) -> TextContext:
 
 def residual_scale(cache: Cache, quantizer: Quantizer, last_length: int, images: int = 1024) -> float:
     """A target scale for residual diffusion: it holds 99.9 % of the residuals within ±0.8, two digits."""
-    count = min(images, len(cache))
-    batch = cache.rows(torch.arange(count) * len(cache) // count)
+    batch = cache.rows(spread_rows(cache, images))
     codes_NmC = quantizer.lookup(batch.ids_NL[:, -last_length:].long())
     residual = (batch.last_scale_NmC - codes_NmC).abs().flatten()
     rank = max(1, int(0.999 * len(residual)))

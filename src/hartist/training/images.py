@@ -17,7 +17,6 @@ from hartist.data.reader import open_dataset
 from hartist.data.records import Broken, Skipped
 from hartist.data.stream import read_bytes
 from hartist.data.transform import BrokenImage, decode, prepare
-from hartist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,7 @@ def load_images(source: Path | str, split: str, size: int, *, progress: bool = T
         digest.update(image.tobytes())
         digest.update("\0".join(record.captions).encode())
     if not items:
-        why = f": {skipped.summary()}" if len(skipped) else ""
-        raise UserError(f"{source} has no image in {split} that can be read{why}")
+        raise skipped.nothing_left(str(source), split)
     if len(skipped):
         tqdm.write(f"{source} ({split}): {skipped.summary()}", file=sys.stderr)
     shape = (len(items), size, size, 3)

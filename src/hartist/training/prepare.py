@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from tqdm import tqdm
 
 from hartist.errors import UserError
@@ -18,8 +17,8 @@ from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.config import Phase
 from hartist.training.images import ImageSet, load_images
 from hartist.training.parallel import World
-from hartist.training.token_cache import build_token_cache, cache_key, cache_parts, open_token_cache
-from hartist.training.token_shards import Cache, read_index
+from hartist.training.token_cache import build_token_cache, cache_parts, open_token_cache
+from hartist.training.token_shards import Cache, read_index, spread_rows
 
 PROMPTS = 32
 SPLITS = ("train", "validation")
@@ -119,7 +118,7 @@ def _built(
                 path, images, tokenizer, encoder, schedule=schedule, progress=progress and world.main
             )
         world.barrier()
-    return cache, cache_key(images, tokenizer, encoder, schedule)
+    return cache, read_index(path)["key"]
 
 
 def held_out(read: Callable[[], Images], world: World) -> Images | None:
@@ -134,6 +133,5 @@ def held_out(read: Callable[[], Images], world: World) -> Images | None:
 
 def _captions(cache: Cache, count: int) -> list[str]:
     """First captions of images from all over the cache."""
-    count = min(count, len(cache))
-    batch = cache.rows(torch.arange(count) * len(cache) // max(count, 1))
+    batch = cache.rows(spread_rows(cache, count))
     return batch.captions(batch.first_caption_N)

@@ -229,6 +229,12 @@ def shard_path(path: Path, number: int) -> Path:
 Cache = TokenCache | ShardedTokenCache
 
 
+def spread_rows(cache: Cache, count: int) -> Int[Tensor, " n"]:
+    """At most `count` rows from all over the cache: images may be sorted by subject."""
+    count = min(count, len(cache))
+    return torch.arange(count) * len(cache) // max(count, 1)
+
+
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a shard, mapped rather than read, and what is written beside them.
 
