@@ -31,8 +31,9 @@ from hartist.training.generator_cost import step_flops
 from hartist.training.generator_stage import GeneratorStage, TrainingPhase, drop_condition, residual_scale
 from hartist.training.loop import Stage, StepLoss, train
 from hartist.training.subsampling import drop_ratio, kept_count, kept_positions
-from hartist.training.token_cache import build_token_cache, cache_parts, fill_token_cache, open_token_cache
-from hartist.training.token_shards import TokenCache
+from hartist.training.token_cache import build_token_cache, cache_parts
+from hartist.training.token_filling import fill_token_cache
+from hartist.training.token_shards import TokenCache, open_token_cache
 from hartist.transformer.model import Condition, ScaleTransformer, TeacherForced
 from runs import assert_same_state, log_rows, loss_curve, state_tensors, stop_after
 from small import (

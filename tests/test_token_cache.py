@@ -26,16 +26,9 @@ from hartist.scales import ScaleSchedule
 from hartist.tokenizer.checkpoint import save_tokenizer
 from hartist.training import token_filling
 from hartist.training.images import ImageSet
-from hartist.training.token_cache import (
-    ShardedTokenCache,
-    TokenCache,
-    build_token_cache,
-    cache_key,
-    cache_parts,
-    fill_token_cache,
-    open_token_cache,
-)
-from hartist.training.token_shards import read_shard
+from hartist.training.token_cache import build_token_cache, cache_parts
+from hartist.training.token_filling import fill_token_cache
+from hartist.training.token_shards import ShardedTokenCache, TokenCache, open_token_cache, read_index, read_shard
 from small import WordEncoder, image_set, random_tokenizer
 from tiny import SIZE, tiny_tokenizer, write_tiny_bert
 
@@ -141,7 +134,8 @@ def test_another_schedule_than_the_tokenizers_own(tmp_path: Path) -> None:
     tokens = tokenizer.encode(from_uint8(half.pixels), schedule)
     assert torch.equal(cache.ids_NL, torch.cat(tokens.ids, 1).int())
     assert cache.ids_NL.shape == (IMAGES, 5)
-    assert cache_key(images, tokenizer, WordEncoder()) != cache_key(half, tokenizer, WordEncoder(), schedule)
+    build(tmp_path / "whole", images, tokenizer=tokenizer)
+    assert read_index(tmp_path / "whole")["key"] != read_index(tmp_path)["key"]
     with pytest.raises(UserError, match="16 px are 2 × 2 cells to this tokenizer, but the last scale is 4 × 4"):
         build(tmp_path, half, tokenizer=tokenizer)
 

@@ -23,7 +23,8 @@ from hartist.generation.pipeline import choose_device
 from hartist.scales import ScaleSchedule
 from hartist.text.loading import load_text_encoder
 from hartist.tokenizer.checkpoint import load_tokenizer
-from hartist.training.token_cache import cache_parts, fill_token_cache
+from hartist.training.token_cache import cache_parts
+from hartist.training.token_filling import fill_token_cache
 
 SHOWN = 10
 """Skipped images of one kind that `hartist data check` names."""

@@ -17,8 +17,8 @@ from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.config import Phase
 from hartist.training.images import ImageSet, load_images
 from hartist.training.parallel import World
-from hartist.training.token_cache import build_token_cache, cache_parts, open_token_cache
-from hartist.training.token_shards import Cache, read_index, spread_rows
+from hartist.training.token_cache import build_token_cache, cache_parts
+from hartist.training.token_shards import Cache, open_token_cache, read_index, spread_rows
 
 PROMPTS = 32
 SPLITS = ("train", "validation")

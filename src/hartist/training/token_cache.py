@@ -20,19 +20,8 @@ from hartist.scales import ScaleSchedule
 from hartist.text.encoder import TextEncoder
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.images import ImageSet
-from hartist.training.token_filling import fill_token_cache, parts_digest
-from hartist.training.token_shards import ShardedTokenCache, TokenCache, open_token_cache
-
-__all__ = [
-    "ShardedTokenCache",
-    "TokenCache",
-    "build_token_cache",
-    "cache_key",
-    "cache_parts",
-    "fill_token_cache",
-    "open_token_cache",
-    "parts_digest",
-]
+from hartist.training.token_filling import fill_token_cache
+from hartist.training.token_shards import TokenCache, open_token_cache
 
 
 def cache_parts(
@@ -56,13 +45,6 @@ def cache_parts(
     }
 
 
-def cache_key(
-    images: ImageSet, tokenizer: HybridTokenizer, encoder: TextEncoder, schedule: ScaleSchedule | None = None
-) -> str:
-    """Changes with images, captions, tokenizer weights or settings, text encoder, and scales."""
-    return parts_digest(_parts_of(images, tokenizer, encoder, schedule))
-
-
 def build_token_cache(
     path: Path,
     images: ImageSet,
@@ -73,7 +55,8 @@ def build_token_cache(
     progress: bool = True,
 ) -> TokenCache:
     """The cache in the folder `path` if it fits all the rest, else one made anew: for a run's own folder."""
-    parts = _parts_of(images, tokenizer, encoder, schedule)
+    parts = cache_parts(tokenizer, encoder, images.pixels.shape[1], schedule)
+    parts |= {"data": images.fingerprint, "crop": "centre", "flip": False, "limit": None}
     stream, total = _SetStream(images), len(images.items)
     fill_token_cache(
         path, stream, tokenizer, encoder, parts, schedule=schedule, total=total, replace=True, progress=progress
@@ -81,13 +64,6 @@ def build_token_cache(
     cache = open_token_cache(path, parts, in_memory=sys.maxsize)  # the pixels were in memory too
     assert isinstance(cache, TokenCache)
     return cache
-
-
-def _parts_of(
-    images: ImageSet, tokenizer: HybridTokenizer, encoder: TextEncoder, schedule: ScaleSchedule | None
-) -> dict[str, Any]:
-    parts = cache_parts(tokenizer, encoder, images.pixels.shape[1], schedule)
-    return parts | {"data": images.fingerprint, "crop": "centre", "flip": False, "limit": None}
 
 
 def _fingerprint(tokenizer: HybridTokenizer) -> str:
