@@ -13,9 +13,12 @@ from torch import nn
 
 from hartist.cli import main
 from hartist.errors import UserError
+from hartist.scales import ScaleSchedule
 from hartist.tokenizer.hybrid import HybridTokenizer
+from hartist.training.config import GeneratorLossConfig, Phase
 from hartist.training.cost import forward_flops, peak_flops
 from hartist.training.dry_run import describe_generator, describe_tokenizer, saved_bytes
+from hartist.training.generator_cost import mean_kept
 from hartist.training.parallel import World
 from hartist.training.recipes import (
     GENERATOR_RECIPES,
@@ -167,6 +170,23 @@ def test_a_dry_run_tells_the_sizes_of_a_generator_and_its_phases() -> None:
     assert "tokens per image at 32 px: 5 of the condition, 30 on 4 scales" in text
     assert "1,500 steps of 24 images" in text
     assert "4,500 steps of 8 images" in text
+
+
+def test_a_dry_run_follows_what_the_recipe_sees_of_the_last_scale() -> None:
+    sides = (1, 2, 4, 16)
+    schedule = ScaleSchedule.from_sides(sides)
+    settings = [GeneratorLossConfig(subsample_last_scale=False), GeneratorLossConfig(drop_share=0.5)]
+    settings.append(GeneratorLossConfig())
+    assert [mean_kept(schedule, losses) for losses in settings] == [256, 128, 256 - 210]
+
+    config = transformer_config(sides=sides, width=256, depth=12, heads=4)
+    recipe = dataclasses.replace(tiny_generator_recipe(batch_size=64), transformer=config, phases=(Phase(256, sides),))
+    world = World(device=torch.device("meta"))  # a machine that nothing is tried on
+    every, half, few = (
+        gibibytes(describe_generator(dataclasses.replace(recipe, losses=losses), world, "ddp"))[2]
+        for losses in settings
+    )
+    assert every > 1.5 * half > 1.5 * 1.5 * few
 
 
 def test_memory_grows_with_what_is_computed_at_once_and_shrinks_where_it_is_shared() -> None:

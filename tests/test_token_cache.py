@@ -28,7 +28,14 @@ from hartist.training import token_filling
 from hartist.training.images import ImageSet
 from hartist.training.token_cache import build_token_cache, cache_parts
 from hartist.training.token_filling import fill_token_cache
-from hartist.training.token_shards import ShardedTokenCache, TokenCache, open_token_cache, read_index, read_shard
+from hartist.training.token_shards import (
+    ShardedTokenCache,
+    TokenCache,
+    open_token_cache,
+    read_index,
+    read_shard,
+    spread_rows,
+)
 from small import WordEncoder, image_set, random_tokenizer
 from tiny import SIZE, tiny_tokenizer, write_tiny_bert
 
@@ -123,6 +130,11 @@ def test_a_caption_that_many_images_share_is_encoded_once(small_shards: None, tm
     assert len(cache.texts) == 5
     assert cache.captions(torch.arange(14)) == [text for item in items for text in item.captions]
     assert encoder.calls == 4  # one a batch
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, [0]), (3, [0, 2, 4]), (7, list(range(7))), (99, list(range(7)))])
+def test_some_rows_come_from_all_over_a_cache(tmp_path: Path, count: int, rows: list[int]) -> None:
+    assert spread_rows(build(tmp_path), count).tolist() == rows
 
 
 def test_another_schedule_than_the_tokenizers_own(tmp_path: Path) -> None:
