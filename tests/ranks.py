@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hartist.training.adversarial_config import AdversarialConfig
-from hartist.training.config import GeneratorLossConfig, TokenizerLossConfig
+from hartist.training.config import GeneratorLossConfig, OptimizerConfig, TokenizerLossConfig
 from hartist.training.loop import train
 from hartist.training.parallel import Strategy, World, join_world, local
 from runs import stop_after
@@ -26,6 +26,7 @@ REVIVING = TokenizerLossConfig(continuous_steps=2, revive_every=3)
 ADVERSARIAL = TokenizerLossConfig(
     revive_every=0, adversarial=0.5, adversary=AdversarialConfig(channels=4, layers=2, start=0.25)
 )
+MUON = OptimizerConfig(kind="muon", learning_rate=2e-3, warmup_steps=2, ema_decay=0.9)
 COARSE = GeneratorLossConfig(coarse_share=0.5, coarse_until=0.75)
 
 
@@ -50,13 +51,13 @@ def train_tokenizer(
 
 
 def train_generator(
-    run_dir: Path, world: World | None = None, strategy: Strategy = "ddp", *, stop: int | None = None
+    run_dir: Path, world: World | None = None, strategy: Strategy = "ddp", *, stop: int | None = None, **changes: Any
 ) -> int:
     """Two phases, coarse and full steps, activations recomputed; batches of four in four parts: any rank accumulates.
 
     The token caches are beside the run's folder.
     """
-    run = run_config(GENERATOR_STEPS, micro_batch=1, activation_checkpointing=True)
+    run = run_config(GENERATOR_STEPS, micro_batch=1, activation_checkpointing=True, **changes)
     stage = make_generator_stage(run, run_dir.parent, COARSE, world, coarse_first=True)
     if stop is not None:
         stop_after(stage, stop)
@@ -100,6 +101,7 @@ def together(world: World, folder: Path) -> None:
 
     for strategy in strategies:
         assert train_generator(folder / f"generator-{strategy}", world, strategy) == GENERATOR_STEPS
+        train_generator(folder / f"muon-{strategy}", world, strategy, optimizer=MUON)
     for stop in (0, 3):
         done = train_generator(folder / "generator-parts", world, "fsdp", stop=stop if last else None)
         assert done == stop + 1

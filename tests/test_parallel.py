@@ -11,7 +11,7 @@ import torch
 from hartist.checkpoint import read_safetensors
 from hartist.errors import UserError
 from hartist.training.parallel import World
-from ranks import GENERATOR_STEPS, PLAIN, TOKENIZER_STEPS, train_generator, train_tokenizer
+from ranks import GENERATOR_STEPS, MUON, PLAIN, TOKENIZER_STEPS, train_generator, train_tokenizer
 from runs import TESTS, assert_close_state, assert_same_state, finish, loss_curve, python, saved_step, state_files
 
 RANKS = TESTS / "ranks.py"
@@ -24,6 +24,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert train_tokenizer(folder / "tokenizer-one") == TOKENIZER_STEPS
     assert train_tokenizer(folder / "accumulated-one", losses=PLAIN, steps=4, micro_batch=1) == 4
     assert train_generator(folder / "generator-one") == GENERATOR_STEPS
+    assert train_generator(folder / "muon-one", optimizer=MUON) == GENERATOR_STEPS
     assert train_generator(folder / "one-then-ddp", stop=2) == 3
     shutil.copytree(folder / "one-then-ddp", folder / "one-then-fsdp")
     process = python(RANKS, folder, "together", ranks=2)
@@ -47,6 +48,14 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_are_the_run_of_one(runs: Path, strategy: str) -> None:
     assert_same_run(runs / f"generator-{strategy}", runs / "generator-one")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_make_whole_matrices_orthogonal_as_one_does(runs: Path, strategy: str) -> None:
+    """Weights may differ where a gradient is nothing but rounding: that direction becomes as long as any other."""
+    one, other = loss_curve(runs / "muon-one"), loss_curve(runs / f"muon-{strategy}")
+    assert len(one) == GENERATOR_STEPS
+    assert other == pytest.approx(one, rel=1e-4)
 
 
 def test_two_ranks_that_accumulate_gradients_are_the_run_of_one(runs: Path) -> None:

@@ -26,12 +26,12 @@ from small import make_tokenizer_stage, normal, run_config
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
-def small_part(seed: int = 0, channels_last: bool = False) -> dict[str, tuple]:
+def small_part(seed: int = 0, channels_last: bool = False, kind: Any = "adamw") -> dict[str, tuple]:
     torch.manual_seed(seed)
     module: nn.Module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
     if channels_last:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(module, OptimizerConfig())
+    optimizer = build_optimizer(module, OptimizerConfig(kind=kind))
     return {"net": (module, optimizer, ExponentialAverage(module, 0.9))}
 
 
@@ -50,12 +50,13 @@ def all_tensors(parts: dict[str, tuple]) -> list[Tensor]:
     return [*(p.detach() for p in module.parameters()), *moments, *average.shadow.values()]
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_restored_state_goes_on_like_the_one_that_was_saved(tmp_path: Path, channels_last: bool) -> None:
-    parts, hits = small_part(0, channels_last), torch.arange(6).view(2, 3)
+def test_a_restored_state_goes_on_like_the_one_that_was_saved(tmp_path: Path, channels_last: bool, kind: str) -> None:
+    parts, hits = small_part(0, channels_last, kind), torch.arange(6).view(2, 3)
     take_steps(parts, 3)
     save_state(tmp_path / "state", 3, parts, {"run": {"a": 1}}, {"hits": hits}, position={"row": 7})
-    other, restored = small_part(1, channels_last), torch.zeros_like(hits)
+    other, restored = small_part(1, channels_last, kind), torch.zeros_like(hits)
     found = load_state(tmp_path / "state", other, {"run": {"a": 1}}, {"hits": restored})
     assert found == (3, {"row": 7})
     assert torch.equal(restored, hits)

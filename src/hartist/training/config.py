@@ -13,6 +13,8 @@ from hartist.training.adversarial_config import AdversarialConfig
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: hidden matrices and kernels by Muon, the rest by AdamW; most often fewer steps to the same loss."""
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = 200

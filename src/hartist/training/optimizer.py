@@ -1,4 +1,4 @@
-"""Learning-rate schedules, AdamW groups and the exponential moving average of the weights"""
+"""Learning-rate schedules, optimisers and the exponential moving average of the weights"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hartist.training.config import OptimizerConfig
+from hartist.training.muon import Muon, hidden_matrices
 from hartist.training.parallel import local
 
 
@@ -30,14 +31,25 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices and kernels only, not on biases, norms or tables of one row."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW or Muon; weight decay on matrices and kernels only, not on biases, norms or tables of one row."""
+    matrices = list(hidden_matrices(module)) if config.kind == "muon" else []
+    others = [p for p in module.parameters() if p.requires_grad and not any(p is m for m in matrices)]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    rate, betas = config.learning_rate, config.betas
+    if config.kind == "muon":
+        return Muon(matrices, groups, lr=rate, weight_decay=config.weight_decay, betas=betas)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+
+
+def moment_names(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> tuple[str, ...]:
+    """What the optimiser keeps of a parameter; all but `step` have the parameter's shape."""
+    if isinstance(optimizer, Muon) and p in optimizer.matrices:
+        return ("momentum_buffer",)
+    return ("step", "exp_avg", "exp_avg_sq")
 
 
 class ExponentialAverage:

@@ -72,14 +72,16 @@ def emoji_tokenizer() -> TokenizerRecipe:
             perceptual=0.1,
             perceptual_crop=64,
             perceptual_share=0.5,
-            continuous_steps=1000,
+            continuous_steps=1200,
             revive_every=50,
         ),
         run=RunConfig(
-            steps=5000,
+            steps=3000,
             batch_size=16,
-            optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=100, ema_decay=0.998),
-            picture_every=500,
+            optimizer=OptimizerConfig(
+                kind="muon", learning_rate=2e-3, warmup_steps=100, final_fraction=0.02, ema_decay=0.998
+            ),
+            picture_every=300,
         ),
     )
 

@@ -21,11 +21,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hartist.errors import UserError
 from hartist.files import atomic_directory, clear_temporaries, read_json, recover_directory, write_json
-from hartist.training.optimizer import ExponentialAverage
+from hartist.training.optimizer import ExponentialAverage, moment_names
 from hartist.training.parallel import World
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of every parameter."""
 
 Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer, ExponentialAverage]]
 """The networks of a run by name, each with its optimiser and average."""
@@ -165,11 +162,12 @@ def _load_tensors(directory: Path, parts: Trained, gathered: Mapping[str, Tensor
     for part, (module, optimizer, _) in parts.items():
         for name, p in module.named_parameters():
             prefix = f"optimizer.{part}.{name}."
-            if not any(prefix + key in stored for key in MOMENTS):
+            names = moment_names(optimizer, p)
+            if not any(prefix + key in stored for key in names):
                 continue  # this parameter had no gradient yet
             own = {
-                "step": torch.zeros((), device=p.device),
-                **{key: torch.zeros_like(p).detach() for key in MOMENTS[1:]},
+                key: torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p).detach()
+                for key in names
             }
             targets |= {prefix + key: value for key, value in own.items()}
             moments[p], optimizers[p] = own, optimizer

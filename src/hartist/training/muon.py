@@ -1,0 +1,90 @@
+"""Muon: momentum whose update is made orthogonal, for the matrices and kernels between a network's edges
+
+Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), with the step size of Liu et al. 2025
+(arXiv:2502.16982), which makes it as long as AdamW's, so that both share a learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.conv import _ConvNd
+
+EDGES = ("encoder.conv_in", "decoder.conv_out", "head.linear", "final.linear")
+"""Layers at pixels, logits and noise: their rows mean something by themselves, so AdamW keeps them."""
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Newton–Schulz polynomial that brings singular values near 1 in five rounds, in bfloat16."""
+
+
+def hidden_matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The trained weights of linear layers and convolutions, without those at the edges (and without tables)."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | _ConvNd) and not name.endswith(EDGES) and layer.weight.requires_grad:
+            yield layer.weight
+
+
+def orthogonalise(update_MN: Float[Tensor, "m n"], rounds: int = 5) -> Float[Tensor, "m n"]:
+    """The nearest (semi-)orthogonal matrix, roughly: singular values between 0.7 and 1.2; bfloat16."""
+    a, b, c = QUINTIC
+    tall = update_MN.shape[0] > update_MN.shape[1]
+    x = (update_MN.T if tall else update_MN).bfloat16()
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(rounds):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for `matrices`, AdamW for the other groups, with one learning rate."""
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[dict[str, Any]],
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        momentum: float = 0.95,
+    ) -> None:
+        """`others`: parameter groups as AdamW takes them."""
+        super().__init__([{"params": matrices, "weight_decay": weight_decay}, *others], {"lr": lr})
+        self.momentum = momentum
+        self.matrices = frozenset(matrices)
+        # The same groups and the same state: who sets a rate or saves moments sees one optimiser.
+        self._adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=betas, fused=True)
+        self._adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step of all parameters that have a gradient; a closure is not supported."""
+        assert closure is None
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            state["momentum_buffer"].lerp_(p.grad, 1 - self.momentum)
+            direction = _direction(p.grad.lerp(state["momentum_buffer"], self.momentum))
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
+        self._adamw.step()
+
+
+def _direction(update: Tensor) -> Tensor:
+    """The step for one matrix or kernel (as out × everything else), about as long as AdamW's: RMS 0.2."""
+    # A sharded matrix is orthogonalised whole, by every rank.
+    whole = update.full_tensor() if isinstance(update, DTensor) else update
+    matrix = orthogonalise(whole.reshape(len(whole), -1))
+    direction = (matrix.float() * (0.2 * max(matrix.shape) ** 0.5)).reshape(whole.shape)
+    if isinstance(update, DTensor):
+        return distribute_tensor(direction, update.device_mesh, update.placements, src_data_rank=None)
+    return direction
