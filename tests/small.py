@@ -173,12 +173,14 @@ def run_config(steps: int, **changes: Any) -> RunConfig:
 
 
 def make_tokenizer_stage(
-    run: RunConfig, losses: TokenizerLossConfig | None = None, world: World | None = None
+    run: RunConfig, losses: TokenizerLossConfig | None = None, world: World | None = None, **options: Any
 ) -> TokenizerStage:
     torch.manual_seed(run.seed)
     tokenizer = HybridTokenizer(tokenizer_config())
     source = MemorySource(pictures(10), "pictures")
-    return TokenizerStage(tokenizer, losses or TokenizerLossConfig(), run, source, pictures(5, seed=1), world=world)
+    return TokenizerStage(
+        tokenizer, losses or TokenizerLossConfig(), run, source, pictures(5, seed=1), world=world, **options
+    )
 
 
 def make_generator_stage(

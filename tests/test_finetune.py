@@ -193,7 +193,7 @@ def test_class_models_and_missing_captions_are_refused_in_one_line(
 ) -> None:
     classes = write_tiny_class_model(tmp_path / "classes")
     with pytest.raises(UserError, match="class-conditional; fine-tuning takes a text-conditional model"):
-        finetune_recipe(classes)
+        finetune_recipe(load_model(classes))
     folder = tmp_path / "untitled"
     folder.mkdir()
     Image.new("RGB", (SIZE, SIZE)).save(folder / "0.png")

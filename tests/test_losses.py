@@ -34,12 +34,15 @@ from hartist.training.adversarial_terms import (
     r1_penalty,
 )
 from hartist.training.augmentation import augment
-from hartist.training.discriminator import PatchDiscriminator, load_released_discriminator
+from hartist.training.config import TokenizerLossConfig
+from hartist.training.discriminator import PatchDiscriminator, load_released_discriminator, read_released_discriminator
 from hartist.training.lpips import CONVS, LpipsLoss, load_lpips
 from hartist.training.perceptual import BLOCKS, PerceptualLoss, find_perceptual
+from hartist.training.recipes import emoji_tokenizer, published_tokenizer
 from hartist.training.residual_discriminator import ResidualDiscriminator, SpectralConv2d, blur_pool
+from hartist.training.run import train_tokenizer
 from hartist.training.usage import perplexity_per_scale
-from small import normal
+from small import make_tokenizer_stage, normal, run_config
 
 KINDS = ("patchgan", "residual")
 RELEASE = Path(__file__).parent / "parity" / "release_layout" / "tokenizer" / "model.safetensors"
@@ -305,6 +308,33 @@ def test_training_goes_on_with_a_released_discriminator() -> None:
     state = loss.state_dict()
     assert torch.equal(state["discriminator.main.0.weight"], tensors["disc.main.0.weight"])
     assert loss.discriminator_loss(images(), smooth(), 0).loss.isfinite()
+
+
+@pytest.mark.parametrize("layout", ["release", "folder", "safetensors", "pth"])
+def test_a_run_begins_with_a_released_discriminator_wherever_it_lies(tmp_path: Path, layout: str) -> None:
+    tensors = released(4, 2)
+    folder = tmp_path / "release" / "tokenizer"
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    torch.save({"trainer": {"vae_local": tensors}}, tmp_path / "vae.pth")
+    path = {
+        "release": folder.parent,
+        "folder": folder,
+        "safetensors": folder / "model.safetensors",
+        "pth": tmp_path / "vae.pth",
+    }[layout]
+    losses = TokenizerLossConfig(adversarial=0.5, adversary=AdversarialConfig(kind="patchgan"))
+    found = read_released_discriminator(path)
+    stage = make_tokenizer_stage(run_config(1), losses, discriminator=found)
+    assert stage.adversarial is not None
+    assert torch.equal(stage.adversarial.discriminator.main[0].weight, tensors["disc.main.0.weight"])
+
+
+def test_a_recipe_without_patchgan_has_no_use_for_a_released_one(tmp_path: Path) -> None:
+    save_file(released(4, 2), tmp_path / "model.safetensors")
+    for recipe in (emoji_tokenizer(), published_tokenizer()):
+        with pytest.raises(UserError, match=r"add --set losses\.adversary\.kind=patchgan"):
+            train_tokenizer(tmp_path, tmp_path / "run", recipe, start_from=tmp_path, discriminator=tmp_path)
 
 
 # --------------------------------------------------------------------- the game

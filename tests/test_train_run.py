@@ -13,7 +13,7 @@ from PIL import Image
 
 from hartist import Pipeline, UserError
 from hartist.config import ResidualConfig
-from hartist.generation.checkpoint import load_transformer
+from hartist.generation.checkpoint import load_model, load_transformer
 from hartist.training.config import OptimizerConfig, Phase, RunConfig, TokenizerLossConfig
 from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe, emoji_generator, emoji_tokenizer
 from hartist.training.run import train_generator, train_tokenizer
@@ -114,7 +114,7 @@ def test_a_run_can_begin_with_the_weights_of_a_model(trained: Path, tmp_path: Pa
     recipe = dataclasses.replace(generator_recipe(), run=still)
     arguments = (trained / "data", trained / "tok" / "tokenizer", tmp_path / "run", recipe)
     start = trained / "gen" / "model"
-    train_generator(*arguments, text_encoder_dir=trained / "bert", start_from=start, progress=False)
+    train_generator(*arguments, text_encoder_dir=trained / "bert", start=load_model(start), progress=False)
     old, new = (load_transformer(path / "transformer").state_dict() for path in (start, tmp_path / "run" / "model"))
     for name, tensor in old.items():
         torch.testing.assert_close(new[name], tensor, msg=name, rtol=1e-2, atol=1e-3)  # stored as bfloat16
@@ -128,7 +128,7 @@ def test_a_model_of_another_configuration_is_refused(trained: Path, tmp_path: Pa
             tmp_path / "run",
             generator_recipe(step_embedding="sinusoidal"),
             text_encoder_dir=trained / "bert",
-            start_from=trained / "gen" / "model",
+            start=load_model(trained / "gen" / "model"),
             progress=False,
         )
 

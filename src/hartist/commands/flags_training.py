@@ -63,6 +63,12 @@ def _add_tokenizer(stages: Any) -> None:
         metavar="FILE",
         help="VGG-16 weights of the perceptual network (for recipes with LPIPS)",
     )
+    parser.add_argument(
+        "--discriminator",
+        type=Path,
+        metavar="TOKENIZER",
+        help="begin with the PatchGAN in a released tokenizer's folder or file (losses.adversary.kind=patchgan)",
+    )
     _add_common(parser, recipe="emoji")
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from hartist.commands.output import require_writable, use_threads
 from hartist.errors import UserError, quoted
-from hartist.generation.loading import find_model
+from hartist.generation.loading import find_model, load_any
 from hartist.generation.pipeline import choose_device
 from hartist.training.dry_run import describe_generator, describe_tokenizer
 from hartist.training.finetune import finetune_recipe
@@ -42,6 +42,7 @@ def _run_tokenizer(args: argparse.Namespace, world: World) -> int:
         options=DataOptions(args.stream, args.workers, args.crop, args.flip),
         start_from=args.start_from,
         trunk=args.perceptual_weights,
+        discriminator=args.discriminator,
         world=world,
         progress=not args.quiet,
     )
@@ -49,7 +50,7 @@ def _run_tokenizer(args: argparse.Namespace, world: World) -> int:
 
 
 def _run_generator(args: argparse.Namespace, world: World) -> int:
-    start = find_model(args.start_from) if args.start_from is not None else None
+    start = load_any(find_model(args.start_from)) if args.start_from is not None else None
     finetuning = args.stage == "finetune"
     if finetuning:
         assert start is not None
@@ -64,7 +65,7 @@ def _run_generator(args: argparse.Namespace, world: World) -> int:
         args.out,
         recipe,
         text_encoder_dir=None if finetuning else args.text_encoder,
-        start_from=start,
+        start=start,
         lora_rank=args.lora if finetuning else 0,
         cache_dir=args.cache,
         world=world,

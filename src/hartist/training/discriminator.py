@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hartist.checkpoint import build_empty, check_keys
+from hartist.checkpoint import build_empty, check_keys, read_safetensors, read_weights
 from hartist.errors import UserError
+from hartist.interop.pickled import read_pickled
 
 PREFIX = "disc."
 
@@ -67,3 +69,14 @@ def load_released_discriminator(tensors: Mapping[str, Tensor], where: str) -> Pa
     discriminator = PatchDiscriminator(channels, layers)
     discriminator.load_state_dict(found)
     return discriminator
+
+
+def read_released_discriminator(path: Path) -> PatchDiscriminator:
+    """The same from disk: a released tokenizer's folder, the release's, or a file (`.safetensors`, `.pth`, `.bin`)."""
+    if path.is_file() and path.suffix != ".safetensors":
+        tensors = read_pickled(path, ("trainer", "vae_local"))
+    elif path.is_file():
+        tensors = read_safetensors(path)
+    else:
+        tensors = read_weights(path / "tokenizer" if (path / "tokenizer").is_dir() else path)
+    return load_released_discriminator(tensors, str(path))

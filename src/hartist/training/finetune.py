@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hartist.errors import UserError
-from hartist.generation.loading import load_any
+from hartist.generation.checkpoint import LoadedModel
 from hartist.training.config import GeneratorLossConfig, OptimizerConfig, Phase, RunConfig
 from hartist.training.recipes import GeneratorRecipe
 
 
-def finetune_recipe(start: Path) -> GeneratorRecipe:
+def finetune_recipe(model: LoadedModel) -> GeneratorRecipe:
     """Made for some dozens of pictures and for minutes on two CPU cores: few steps, a small constant-then-falling
     rate, and an average that follows closely. Raises UserError if the model has no text encoder."""
-    model = load_any(start)
     if model.text_encoder is None:
-        raise UserError(f"{start} is class-conditional; fine-tuning takes a text-conditional model")
+        raise UserError(f"the model {model.name!r} is class-conditional; fine-tuning takes a text-conditional model")
     config = model.transformer.config
     side = model.tokenizer.config.downsampling * model.transformer.schedule.finest[0]
     return GeneratorRecipe(

@@ -25,8 +25,10 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 def hidden_matrices(module: nn.Module) -> Iterator[nn.Parameter]:
     """The trained weights of linear layers and convolutions, without those at the edges (and without tables)."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | _ConvNd) and not name.endswith(EDGES) and layer.weight.requires_grad:
-            yield layer.weight
+        if isinstance(layer, nn.Linear | _ConvNd) and not name.endswith(EDGES):
+            weight = layer.get_parameter("weight")
+            if weight.requires_grad:
+                yield weight
 
 
 def orthogonalise(update_MN: Float[Tensor, "m n"], rounds: int = 5) -> Float[Tensor, "m n"]:

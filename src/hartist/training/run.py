@@ -18,12 +18,13 @@ from hartist.data.stream import ImageStream, Settings
 from hartist.data.transform import Crop
 from hartist.errors import UserError
 from hartist.generation.checkpoint import LoadedModel
-from hartist.generation.loading import find_model, load_any, load_tokenizer_of
+from hartist.generation.loading import find_model, load_tokenizer_of
 from hartist.scales import ScaleSchedule
 from hartist.text.loading import load_text_encoder
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.batches import micro_batches, step_seed
 from hartist.training.config import RunConfig
+from hartist.training.discriminator import read_released_discriminator
 from hartist.training.generator_stage import VALIDATION_IMAGES, GeneratorStage, TrainingPhase, residual_scale
 from hartist.training.image_source import ImageSource, MemorySource, StreamSource
 from hartist.training.images import load_images
@@ -58,6 +59,7 @@ def train_tokenizer(
     options: DataOptions | None = None,
     start_from: Path | None = None,
     trunk: Path | None = None,
+    discriminator: Path | None = None,
     world: World | None = None,
     progress: bool = True,
 ) -> int:
@@ -65,18 +67,27 @@ def train_tokenizer(
 
     `start_from`: a tokenizer of any layout we read, to begin with instead of random weights (the recipe's
     sizes then give way to its own). `trunk`: weights of the perceptual network, where no package has them.
+    `discriminator`: a released tokenizer whose PatchGAN the adversarial loss begins with.
     """
     world, options = world or World(), options or DataOptions()
     check_shares(recipe.run, world)
     if recipe.losses.frozen_encoder and start_from is None:
         raise UserError("this recipe trains the decoder of a discrete tokenizer: name one with --start-from")
+    adversary = read_released_discriminator(discriminator) if discriminator is not None else None
+    if adversary is not None and not (recipe.losses.adversarial and recipe.losses.adversary.kind == "patchgan"):
+        raise UserError(
+            f"{discriminator} is a PatchGAN, which this recipe doesn't use; "
+            "add --set losses.adversary.kind=patchgan --set losses.adversarial=0.5"
+        )
     source, validation = _image_source(data, recipe, options, world, progress and world.main)
     if start_from is not None:
         tokenizer = load_tokenizer_of(start_from)
     else:
         torch.manual_seed(recipe.run.seed)
         tokenizer = HybridTokenizer(recipe.tokenizer)
-    stage = TokenizerStage(tokenizer, recipe.losses, recipe.run, source, validation, world=world, trunk=trunk)
+    stage = TokenizerStage(
+        tokenizer, recipe.losses, recipe.run, source, validation, world=world, trunk=trunk, discriminator=adversary
+    )
     return train(stage, recipe.run, out, world=world, progress=progress)
 
 
@@ -118,7 +129,7 @@ def train_generator(
     recipe: GeneratorRecipe,
     *,
     text_encoder_dir: Path | None = None,
-    start_from: Path | None = None,
+    start: LoadedModel | None = None,
     lora_rank: int = 0,
     cache_dir: Path | None = None,
     world: World | None = None,
@@ -127,14 +138,13 @@ def train_generator(
 ) -> int:
     """Train a generator; returns the number of finished steps. The result is in out/model.
 
-    `start_from` is a model whose transformer the run begins with, instead of random weights; without
+    `start` is a model whose transformer the run begins with, instead of random weights; without
     `tokenizer_dir` its tokenizer is taken, and its text encoder. Else the bundled model's MiniLM encodes the
     captions. Tokens and text states are computed once, into `cache_dir` (out/cache); without `data` they are there.
     """
     world = world or World()
     for phase in recipe.phases:
         check_shares(recipe.run, world, phase.batch_factor)
-    start = load_any(start_from) if start_from is not None else None
     if tokenizer_dir is None and start is None:
         raise UserError("a generator needs a tokenizer: name one with --tokenizer, or a model with --start-from")
     tokenizer = load_tokenizer_of(tokenizer_dir) if tokenizer_dir is not None else start.tokenizer  # type: ignore[union-attr]
@@ -159,7 +169,7 @@ def train_generator(
         last_length = ScaleSchedule.from_sides(recipe.phases[-1].sides).lengths[-1]
         scale = residual_scale(prepared.train[-1], tokenizer.quantizer, last_length)
         config = dataclasses.replace(config, residual=dataclasses.replace(config.residual, target_scale=scale))
-    transformer = _first_transformer(config, start, recipe.run.seed, str(start_from))
+    transformer = _first_transformer(config, start, recipe.run.seed)
     if lora_rank:
         add_adapters(transformer, lora_rank, recipe.run.seed)
     text_dir = text_encoder_dir if encoder is not None else None
@@ -180,7 +190,7 @@ def train_generator(
     return train(stage, recipe.run, out, world=world, strategy=strategy, progress=progress)
 
 
-def _first_transformer(config: TransformerConfig, start: LoadedModel | None, seed: int, where: str) -> ScaleTransformer:
+def _first_transformer(config: TransformerConfig, start: LoadedModel | None, seed: int) -> ScaleTransformer:
     """With random weights, or with those of a model of the same configuration."""
     if start is None:
         torch.manual_seed(step_seed(seed, 0, stream=4))
@@ -192,7 +202,7 @@ def _first_transformer(config: TransformerConfig, start: LoadedModel | None, see
         config = dataclasses.replace(config, residual=residual)
     transformer = ScaleTransformer(config)
     weights = {name: tensor.float() for name, tensor in start.transformer.state_dict().items()}
-    check_keys(transformer.state_dict(), weights, where)
+    check_keys(transformer.state_dict(), weights, f"the model {start.name!r}")
     transformer.load_state_dict(weights)
     return transformer
 

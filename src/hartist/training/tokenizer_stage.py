@@ -30,6 +30,7 @@ from hartist.training.batches import MicroBatch, step_seed
 from hartist.training.codebook import kmeans, revive_dead_codes, scale_vectors
 from hartist.training.config import RunConfig, TokenizerLossConfig
 from hartist.training.cost import BACKWARD, forward_flops
+from hartist.training.discriminator import PatchDiscriminator
 from hartist.training.image_source import ImageSource
 from hartist.training.loop import Part, StepLoss
 from hartist.training.parallel import World
@@ -50,8 +51,10 @@ class TokenizerStage:
         *,
         world: World | None = None,
         trunk: Path | None = None,
+        discriminator: PatchDiscriminator | None = None,
     ) -> None:
-        """`trunk`: the file of the perceptual network's weights, where the package has none."""
+        """`trunk`: the file of the perceptual network's weights, where the package has none. `discriminator`: one
+        to go on with, in place of a fresh one."""
         self.losses, self.run, self.source, self.validation = losses, run, source, validation
         self.world = world or World()
         self.device = self.world.device
@@ -65,7 +68,9 @@ class TokenizerStage:
             tokenizer.encoder.compile()
             tokenizer.decoder.compile()
         torch.manual_seed(step_seed(run.seed, 0, stream=4))
-        self.adversarial = AdversarialLoss(losses.adversary).to(self.device) if losses.adversarial else None
+        self.adversarial: AdversarialLoss | None = None
+        if losses.adversarial:
+            self.adversarial = AdversarialLoss(losses.adversary, discriminator).to(self.device)
         self.perceptual: nn.Module | None = None
         if losses.perceptual:
             self.perceptual = find_perceptual(losses.perceptual_network, trunk).to(self.device)
