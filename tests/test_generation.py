@@ -86,6 +86,32 @@ def test_every_scale_is_yielded_in_order_and_adds_its_codes(name: str) -> None:
             assert torch.equal(result.f_hat_BChw, result.discrete_f_hat_BChw)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_images_that_are_dropped_under_way_leave_the_others_as_they_were(name: str, guidance: float) -> None:
+    model = random_transformer(**MODELS[name])
+    settings = SamplingSettings(guidance=guidance, top_k=0)
+    seeds = (0, 1, 2, 3)
+    whole = generate(model, settings, seeds)
+    quantizer = random_quantizer(sides=model.config.sides)
+    kept = {1: [0, 2, 3], 2: [2, 1]}  # after scale 2 of 0, 2, 3: images 3 and 2
+    for drop in ({1}, {2}, {1, 2}):
+        scales = generate_scales(model, quantizer, *conditions(model, 4), settings, ImageNoise(seeds))
+        images = list(range(4))
+        result = next(scales)
+        while True:
+            assert len(result.ids_Bl) == len(images)
+            assert torch.equal(result.ids_Bl, whole[result.k].ids_Bl[images])
+            torch.testing.assert_close(result.f_hat_BChw, whole[result.k].f_hat_BChw[images], rtol=0, atol=1e-5)
+            rows = kept[result.k] if result.k in drop else None
+            images = images if rows is None else [images[row] for row in rows]
+            try:
+                result = scales.send(rows)
+            except StopIteration:
+                break
+        assert result.k == len(model.schedule) - 1
+
+
 def test_the_loop_can_be_left_early_and_works_scale_by_scale() -> None:
     model = random_transformer()
     condition, unconditional = conditions(model, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,10 @@ class ScaleResult:
     residual_seconds: float
 
 
+Scales = Generator[ScaleResult, list[int] | None, None]
+"""A batch under way: yields finished scales, takes the rows to go on with."""
+
+
 def generate_scales(
     model: ScaleTransformer,
     quantizer: Quantizer,
@@ -47,20 +51,23 @@ def generate_scales(
     unconditional: TextContext | Int[Tensor, " b"],
     settings: SamplingSettings,
     noise: Noise,
-) -> Iterator[ScaleResult]:
+) -> Scales:
     """Generate a batch, yielding after every scale.
 
     `condition` has one row an image, `unconditional` (or a negative prompt) as many. With guidance 0
-    the unconditional branch is not computed.
+    the unconditional branch is not computed. Rows that are sent in (`scales.send([0, 2])`, at least one) are those to
+    go on with: the other images cost nothing from there on, and these come out as they would have.
     """
     scales = _generate(model, quantizer, condition, unconditional, settings, noise)
+    rows: list[int] | None = None
     while True:
         # inference mode while a scale is computed, not while the caller looks at it
         with torch.inference_mode():
-            result = next(scales, None)
-        if result is None:
-            return
-        yield result
+            try:
+                result = scales.send(rows)
+            except StopIteration:
+                return
+        rows = yield result
 
 
 def _generate(
@@ -70,7 +77,7 @@ def _generate(
     unconditional: TextContext | Int[Tensor, " b"],
     settings: SamplingSettings,
     noise: Noise,
-) -> Iterator[ScaleResult]:
+) -> Scales:
     schedule, batch = model.schedule, len(condition)
     guided = settings.guidance > 0
     hold_last = model.config.residual is not None
@@ -112,12 +119,15 @@ def _generate(
     before = start
     started = clock.now()
     loop = residual_loop(choose, start, schedule, quantizer.phi_function, phi_at_last_scale=not hold_last)
-    for step in loop:
+    replacement: Tensor | None = None
+    for _ in schedule.grids:
+        step = loop.send(replacement)
+        replacement = None
         discrete = step.f_hat_BChw
         if schedule.is_last(step.k) and hold_last:
             discrete = before + tokens_to_map(state["vectors"], schedule.finest)  # type: ignore[arg-type]
         now = clock.now()
-        yield ScaleResult(
+        rows = yield ScaleResult(
             k=step.k,
             num_scales=len(schedule),
             grid=schedule.grids[step.k],
@@ -129,6 +139,12 @@ def _generate(
             residual_seconds=float(state["residual_seconds"]),
         )
         before = step.f_hat_BChw
+        if rows is not None and not schedule.is_last(step.k):
+            both = rows + [row + batch for row in rows] if guided else rows
+            prepared, batch, before = prepared.select(both), len(rows), before[rows]
+            cache.select(both)
+            noise.select(rows)
+            replacement = before
         started = clock.now()
 
 

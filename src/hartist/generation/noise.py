@@ -26,6 +26,10 @@ class Noise(Protocol):
         """For diffusion: rows are (image, cell)."""
         ...
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these images alone, in this order."""
+        ...
+
 
 class ImageNoise:
     """One CPU generator per image, whatever the device: the same seed gives the same numbers everywhere."""
@@ -46,3 +50,6 @@ class ImageNoise:
     def normal(self, tokens: int, channels: int) -> Tensor:
         drawn = [torch.randn(tokens, channels, generator=g) for g in self.generators]
         return torch.cat(drawn).to(self.device)
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.generators = [self.generators[row] for row in rows]

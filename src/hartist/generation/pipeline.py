@@ -17,7 +17,7 @@ from torch import Tensor
 from hartist.errors import UserError, quoted
 from hartist.generation.checkpoint import LoadedModel, save_model
 from hartist.generation.loading import find_model, load_any
-from hartist.generation.loop import ScaleResult, generate_scales
+from hartist.generation.loop import ScaleResult, Scales, generate_scales
 from hartist.generation.noise import ImageNoise
 from hartist.generation.sampling import SamplingSettings
 from hartist.pixels import to_uint8
@@ -142,8 +142,8 @@ class Pipeline:
 
     def scales(
         self, requests: Sequence[Request], settings: SamplingSettings, negative_prompt: str | None = None
-    ) -> Iterator[ScaleResult]:
-        """Predict, sample and denoise one batch; yields after every scale."""
+    ) -> Scales:
+        """Predict, sample and denoise one batch; yields after every scale, takes the rows to go on with."""
         condition = self.encode_prompts([request.prompt for request in requests])
         return generate_scales(
             self.transformer,

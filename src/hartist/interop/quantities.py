@@ -7,6 +7,7 @@ that an earlier function computed, the computed value is taken.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class ReplayedNoise:
 
     def normal(self, tokens: int, channels: int) -> Tensor:
         return next(self._recorded)
+
+    def select(self, rows: Sequence[int]) -> None:
+        raise NotImplementedError("check sets are generated whole")
 
 
 def text_quantities(subject: Subject, fixture: Fixture, done: Quantities) -> Quantities:

@@ -6,7 +6,7 @@ vectors of a scale. All arithmetic is float32, whatever the networks around it u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,12 +95,13 @@ def residual_loop(
     phi: Phi,
     *,
     phi_at_last_scale: bool,
-) -> Iterator[ScaleStep]:
+) -> Generator[ScaleStep, Tensor | None, None]:
     """Add scale after scale to `f_hat_BChw` (zeros at the start), yielding after each.
 
     `choose(k, f_hat)` returns the vectors of scale k, cells in row order: the nearest codes of what
     is left (encoding), the codes of known ids (teacher forcing), or what the transformer samples.
-    VAR and tokenizer training apply φ at the last scale too; HART's hybrid tokens do not.
+    VAR and tokenizer training apply φ at the last scale too; HART's hybrid tokens do not. An f_hat that is
+    sent in takes the place of the loop's own: fewer images, when some are no longer wanted.
     """
     for k, grid in enumerate(schedule.grids):
         vectors_BlC = choose(k, f_hat_BChw)
@@ -108,7 +109,8 @@ def residual_loop(
         if phi_at_last_scale or not schedule.is_last(k):
             update_BChw = phi(update_BChw, k, schedule)
         f_hat_BChw = f_hat_BChw + update_BChw
-        yield ScaleStep(k, update_BChw, f_hat_BChw)
+        sent = yield ScaleStep(k, update_BChw, f_hat_BChw)
+        f_hat_BChw = f_hat_BChw if sent is None else sent
 
 
 def nearest_codes(z_BlC: Float[Tensor, "b l c"], codebook_VC: Float[Tensor, "v c"]) -> Int[Tensor, "b l"]:

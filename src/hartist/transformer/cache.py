@@ -44,3 +44,8 @@ class KVCache:
         values[:, :, start:end] = v_BNlE
         self.lengths[layer] = end
         return keys[:, :, :end], values[:, :, :end]
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these rows alone, in this order."""
+        for tensors in (self.keys, self.values):
+            tensors[:] = [tensor[rows] for tensor in tensors]

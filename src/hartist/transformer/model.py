@@ -40,6 +40,11 @@ class Condition:
     modulations: tuple[Float[Tensor, "b 6 d"] | None, ...]
     """γ1 γ2 s1 s2 b1 b2 of every block."""
 
+    def select(self, rows: list[int]) -> Condition:
+        """The condition of these rows, in this order; the prefix is left out, as its keys are in the cache."""
+        modulations = tuple(None if m_B6D is None else m_B6D[rows] for m_B6D in self.modulations)
+        return Condition(self.prefix_BSD[rows], None, self.offset_B[rows], self.head_BD[rows], modulations)
+
 
 @dataclass(frozen=True)
 class TeacherForced:
