@@ -105,7 +105,7 @@ def test_a_setting_may_be_nothing_where_that_has_a_meaning() -> None:
         ("losses.l1=much", "'much' doesn't fit; it is now 1.0"),
         ("losses.l1=", "doesn't fit"),
         ("losses=1", "doesn't fit"),
-        ("run.steps=1.5", "1.5 doesn't fit; it is now 5000"),
+        ("run.steps=1.5", "1.5 doesn't fit; it is now 3000"),
         ("run.steps=0", "at least 1"),
         ("run.log_every=0", "at least 1"),
         ("run.micro_batch=-2", "at least 0"),
@@ -158,7 +158,7 @@ def test_a_dry_run_tells_the_sizes_of_a_tokenizer() -> None:
     count = sum(p.numel() for p in HybridTokenizer(tokenizer_config()).parameters())
     assert f"tokenizer: {count / 1e6:.1f} M parameters, 32 px → 4×4" in text
     assert "tokens per image: 30 on 4 scales" in text
-    assert "5,000 steps of 8 images" in text
+    assert "3,000 steps of 8 images" in text
     assert "8×H100, an estimate" in text
 
 

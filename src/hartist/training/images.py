@@ -24,7 +24,8 @@ from hartist.data.records import Broken, Record, Skipped
 from hartist.data.stream import read_bytes
 from hartist.data.transform import BrokenImage, decode, prepare
 
-In, Out = TypeVar("In"), TypeVar("Out")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
