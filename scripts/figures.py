@@ -18,7 +18,7 @@ from hartist.commands.reconstruct import reconstruct
 from hartist.data.folder import load_captioned_folder, read_image
 from hartist.generation.pipeline import make_requests
 from hartist.generation.png import encode_png
-from hartist.pixels import grid_image
+from hartist.pixels import grid_image, png_bytes
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 SEED = 7
@@ -71,7 +71,7 @@ def main() -> None:
             result = reconstruct(pipe.tokenizer, torch.from_numpy(read_image(item.path, size)))
             rows.append([result.original, result.discrete, result.hybrid])
         pairs = [rows[i] + rows[i + 1] for i in range(0, len(rows) - 1, 2)]
-        (IMAGES / "reconstruction.png").write_bytes(encode_png(grid_image(pairs)))
+        (IMAGES / "reconstruction.png").write_bytes(png_bytes(grid_image(pairs)))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from hartist.data.concepts import read_concepts, stable_hash
 from hartist.data.emoji import icon_art
-from hartist.data.render import WHITE, png_bytes
+from hartist.data.render import WHITE
 from hartist.data.sources import EMOJIBASE, Package, obtain, unpack
 from hartist.files import read_json, write_bytes, write_text
+from hartist.pixels import png_bytes
 
 TWEMOJI = Package(
     name="@iconify-json/twemoji",

@@ -36,6 +36,11 @@ def grid_image(rows: list[list[UInt8[Tensor, "h w 3"]]], gap: int = 4) -> Image.
 
 def save_grid(path: Path, rows: list[list[UInt8[Tensor, "h w 3"]]]) -> None:
     """Write a grid as PNG, atomically."""
+    write_bytes(path, png_bytes(grid_image(rows)))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Encode as PNG, without metadata."""
     buffer = io.BytesIO()
-    grid_image(rows).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -30,7 +30,8 @@ def add_generate(commands: Any) -> None:
   hartist generate "a red apple, 3d" --negative-prompt "a green apple" --guidance 6
   hartist generate "a house, noto" --save-scales           every scale on the way, as a strip
   hartist generate --prompts-file prompts.txt --quiet      one prompt a line
-  hartist generate 207 88 --model var_d16.pth              classes, with vae*.pth beside it""",
+  hartist generate 207 88 --model var_d16.pth              classes, with vae*.pth beside it
+  hartist generate --prompts file.jsonl -o batch/          many; the same command again goes on""",
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw (or a class number)")
     parser.add_argument("--prompts-file", metavar="FILE", help="further prompts, one a line; - reads stdin")
@@ -46,6 +47,18 @@ def add_generate(commands: Any) -> None:
     add_images_out(parser)
     parser.add_argument("--save-scales", action="store_true", help="also write each image's scales, coarse to fine")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+    group = parser.add_argument_group(
+        "offline batches",
+        'FILE holds a JSON object a line: {"prompt": …}, and what differs from the flags among seed, n,\n'
+        "negative_prompt and sampling settings (guidance, top_k, …); an id names the files. DIR/manifest.jsonl\n"
+        "lists what is made. Run the same command again to make what is missing.",
+    )
+    group.add_argument("--prompts", dest="jobs", type=Path, metavar="FILE", help="a file of prompts, as JSON lines")
+    group.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="processes with a model (default: 1; more need Ray)"
+    )
+    group.add_argument("--ray-address", metavar="HOST:PORT", help="a Ray cluster to use (default: start Ray here)")
 
     group = parser.add_argument_group("model")
     add_model(group)

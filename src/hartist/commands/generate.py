@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hartist.commands import offline
 from hartist.commands.output import ContactSheet, require_writable, slug, use_threads
 from hartist.errors import UserError, quoted
 from hartist.files import write_bytes
@@ -41,6 +42,10 @@ def run(args: argparse.Namespace) -> int:
     changes = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     # Everything that can be told without the model is told before it is loaded.
     override(SamplingSettings(), **changes)
+    if args.jobs is not None:
+        return offline.run(args, changes)
+    if args.processes != 1 or args.ray_address is not None:
+        raise UserError("--processes and --ray-address are for offline batches; name a file of prompts with --prompts")
     prompts = list(args.prompts) + (read_prompts(args.prompts_file) if args.prompts_file is not None else [])
     requests = requests_for(prompts, args.num_images, args.seed)
     require_writable(args.out)

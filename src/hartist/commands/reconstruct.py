@@ -18,8 +18,7 @@ from hartist.evaluation.image_metrics import psnr
 from hartist.files import write_bytes
 from hartist.generation.loading import find_model, load_tokenizer_of
 from hartist.generation.pipeline import choose_device, choose_dtype
-from hartist.generation.png import encode_png
-from hartist.pixels import from_uint8, grid_image, to_uint8
+from hartist.pixels import from_uint8, grid_image, png_bytes, to_uint8
 from hartist.tokenizer.hybrid import HybridTokenizer
 
 
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         results.append(reconstruct(tokenizer, picture.to(device)))
         row = [results[-1].original, results[-1].discrete, results[-1].hybrid]
         target = args.out / f"{i:03d}_{slug(path.stem)}_reconstructed.png"
-        write_bytes(target, encode_png(grid_image([row])))
+        write_bytes(target, png_bytes(grid_image([row])))
         print(target)
     print("\n" + format_table([path.name for path in args.images], results))
     return 0

@@ -37,7 +37,7 @@ from hartist.data.concepts import (
     read_concepts,
     stable_hash,
 )
-from hartist.data.render import icon_svg, png_bytes, render_raster, render_svg
+from hartist.data.render import icon_svg, render_raster, render_svg
 from hartist.data.sources import (
     EMOJI_PACKAGES,
     EMOJIBASE,
@@ -51,6 +51,7 @@ from hartist.data.sources import (
 )
 from hartist.errors import UserError
 from hartist.files import atomic_directory, read_json, write_json, write_text
+from hartist.pixels import png_bytes
 
 FORMAT = "hartist-emoji"
 FORMAT_VERSION = 2

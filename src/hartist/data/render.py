@@ -68,10 +68,3 @@ def render_svg(svg: str, size: int, background: str = WHITE) -> Image.Image:
     # System fonts would make the result depend on the machine (and none of the icons holds text).
     png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True)
     return render_raster(bytes(png), size, background)
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """Encode as PNG, without metadata."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

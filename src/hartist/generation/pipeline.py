@@ -182,7 +182,7 @@ class Pipeline:
         """
         settings = settings or self.model.settings
         self.check(requests, negative_prompt, batch_size)
-        truncated = self._truncated([request.prompt for request in requests])
+        truncated = self.truncated_tokens([request.prompt for request in requests])
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
             strips: list[list[Image.Image]] = [[] for _ in batch]
@@ -258,7 +258,8 @@ class Pipeline:
             raise UserError(f"{quoted(prompt)} is not a class of this model; give one from 0 to {classes - 1}")
         return label
 
-    def _truncated(self, prompts: Sequence[str | int]) -> list[int]:
+    def truncated_tokens(self, prompts: Sequence[str | int]) -> list[int]:
+        """Tokens at the end of each prompt that don't fit into the context."""
         if self.model.text_encoder is None:
             return [0] * len(prompts)
         return self.model.text_encoder.count_truncated_tokens([str(prompt) for prompt in prompts])

@@ -1,0 +1,83 @@
+"""What each open page has under way: one run at a time, which Stop, another run or leaving the page ends"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+import gradio as gr
+
+from hartist.serving.scheduler import Scheduler
+from hartist.serving.tasks import Event, Task
+
+TICK_SECONDS = 1.0
+"""How often a run without news is looked at; a page that was left is noticed then."""
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """An open page: who it counts against, and Gradio's name for it."""
+
+    client: str
+    session: str
+
+    @classmethod
+    def of(cls, request: gr.Request) -> Visitor:
+        """Whoever sends a request; `Access` has let them in."""
+        scope = request.request.scope if request.request is not None else {}
+        return cls(scope.get("hartist_client", "local"), request.session_hash or "")
+
+
+class Stopped(Exception):
+    """A run was ended from outside, by a newer one if `superseded`."""
+
+    def __init__(self, superseded: bool) -> None:
+        super().__init__()
+        self.superseded = superseded
+
+
+@dataclass
+class Runs:
+    """The runs of all open pages."""
+
+    scheduler: Scheduler
+    _stops: dict[Visitor, asyncio.Event] = field(default_factory=dict)
+
+    def stop(self, visitor: Visitor) -> None:
+        """End what a page has under way, if anything."""
+        if visitor in self._stops:
+            self._stops[visitor].set()
+
+    async def follow(self, visitor: Visitor, tasks: Sequence[Task]) -> AsyncGenerator[Event | None, None]:
+        """Events of tasks until all are done, and None now and then. However this ends, the tasks end with it.
+
+        Raises Stopped, and what `Scheduler.submit` and `Ticket.events` raise.
+        """
+        ticket = self.scheduler.submit(tasks)
+        self.stop(visitor)
+        stop = self._stops[visitor] = asyncio.Event()
+        stopped = asyncio.ensure_future(stop.wait())
+        events, pending = ticket.events(), None
+        try:
+            while True:
+                pending = pending or asyncio.ensure_future(anext(events))
+                await asyncio.wait({pending, stopped}, timeout=TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if stopped.done():
+                    raise Stopped(self._stops.get(visitor) is not stop)
+                if not pending.done():
+                    yield None
+                    continue
+                try:
+                    event = pending.result()
+                except StopAsyncIteration:
+                    return
+                pending = None
+                yield event
+        finally:
+            for future in (stopped, pending):
+                if future is not None:
+                    future.cancel()
+            self.scheduler.cancel(ticket)
+            if self._stops.get(visitor) is stop:
+                del self._stops[visitor]

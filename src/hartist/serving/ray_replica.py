@@ -1,0 +1,161 @@
+"""A model as a replica of a Ray Serve deployment, and what the application sees of it
+
+Import it inside `hartist.generation.cluster.ray_running` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from hartist.errors import UserError
+from hartist.serving.batch import run_batch
+from hartist.serving.tasks import Event, Failed, Finished, ModelInfo, Task
+from hartist.serving.worker import INTERNAL, WorkerLost, WorkerOptions, _load, model_info
+
+log = logging.getLogger("hartist.serving")
+
+APP, FRONT = "hartist", "Front"
+"""Names of the application and of its deployment that answers requests."""
+
+
+# ---------------------------------------------------------------------- the model's side
+
+
+class ModelReplica:
+    """A model in a process of its own, which Ray starts and watches; one batch at a time."""
+
+    def __init__(self, options: WorkerOptions, stall_seconds: float) -> None:
+        self.pipeline, self.blocks = _load(options)
+        self.stall_seconds = stall_seconds
+        self.busy_since: float | None = None
+        """When the batch under way finished its last scale."""
+
+    async def info(self) -> ModelInfo:
+        """What clients are told about the model."""
+        return model_info(self.pipeline)
+
+    async def check_health(self) -> None:
+        """Ray asks now and then, and replaces a replica that raises: one that finishes no scale."""
+        if self.busy_since is not None and time.monotonic() - self.busy_since > self.stall_seconds:
+            raise RuntimeError(f"no scale was finished for {self.stall_seconds:.0f} s")
+
+    async def make(self, tasks: list[Task], slot: int, batch: int) -> AsyncIterator[Event]:
+        """The events of a batch; `slot` and `batch` say where to ask which tasks are no longer wanted."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+        gone: set[str] = set()
+
+        def send(event: Event | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        watching = asyncio.create_task(_watch(gone, slot, batch))
+        working = asyncio.create_task(asyncio.to_thread(self._work, tasks, gone, send))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+        finally:
+            gone.update(task.id for task in tasks)  # whoever asked may have gone
+            watching.cancel()
+            await asyncio.wait([working])  # the model is free again after its scale
+
+    def _work(self, tasks: list[Task], gone: set[str], send: Callable[[Event | None], None]) -> None:
+        over: set[str] = set()
+
+        def cancelled() -> set[str]:
+            self.busy_since = time.monotonic()
+            return gone.copy()
+
+        def emit(event: Event) -> None:
+            if isinstance(event, Finished | Failed):
+                over.add(event.task_id)
+            send(event)
+
+        message = INTERNAL
+        try:
+            run_batch(self.pipeline, tasks, cancelled, emit, self.blocks)
+        except Exception as error:
+            if isinstance(error, UserError):
+                message = str(error)
+            else:
+                log.exception("a batch failed: %s", tasks)
+            for task in tasks:
+                if task.id not in over | gone:
+                    send(Failed(task.id, message))
+        finally:
+            self.busy_since = None
+            send(None)
+
+
+async def _watch(gone: set[str], slot: int, batch: int) -> None:
+    """Keep `gone` up to date with what the application no longer wants of a batch."""
+    front = serve.get_deployment_handle(FRONT, APP)
+    while ids := await front.unwanted.remote(slot, batch):
+        gone.update(ids)
+
+
+# ---------------------------------------------------------------------- the application's side
+
+
+@dataclass
+class RayBackend:
+    """A replica as the application sees it, whichever it is. Methods are for the event loop's thread."""
+
+    handle: Any
+    slot: int
+    info: ModelInfo | None = None
+    _batch: int = 0
+    _unwanted: asyncio.Queue[list[str]] = field(default_factory=asyncio.Queue)
+
+    async def start(self) -> ModelInfo:
+        """Wait for a free replica. Raises WorkerLost if there is none to wait for."""
+        with _losses():
+            self.info = await self.handle.info.remote()
+        assert self.info is not None
+        return self.info
+
+    async def run(self, tasks: list[Task], deliver: Callable[[Event], None]) -> None:
+        """Have a batch made; `deliver` is called with every event. Raises WorkerLost."""
+        self._batch += 1
+        unwanted: asyncio.Queue[list[str]] = asyncio.Queue()
+        self._unwanted = unwanted
+        stream = self.handle.make.options(stream=True).remote(tasks, self.slot, self._batch)
+        try:
+            with _losses():
+                async for event in stream:
+                    deliver(event)
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        finally:
+            unwanted.put_nowait([])  # ends the replica's question
+
+    def cancel(self, ids: list[str]) -> None:
+        """Drop tasks of the batch under way, after the scale that is being computed."""
+        self._unwanted.put_nowait(ids)
+
+    async def unwanted(self, batch: int) -> list[str]:
+        """Waits for tasks of a batch to be cancelled; none once it is over."""
+        return await self._unwanted.get() if batch == self._batch else []
+
+    async def stop(self) -> None:
+        """Ray ends and replaces replicas by itself."""
+
+
+@contextlib.contextmanager
+def _losses() -> Iterator[None]:
+    """What Ray raises when a replica is gone, as WorkerLost."""
+    try:
+        yield
+    except (RayError, RayServeException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WorkerLost(f"a replica was lost ({reason})") from error

@@ -1,0 +1,325 @@
+"""Who gets the model next: a bounded queue, fair batches, deadlines, cancellation, another try when a worker dies
+
+A batch takes one image of every waiting request in turn, so one image never waits for another client's ten. What
+arrives while a batch is made waits for the next one, together with all else of its shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+from hartist.errors import UserError
+from hartist.serving.tasks import Event, Failed, Finished, ModelInfo, Task
+from hartist.serving.worker import WorkerLost
+
+log = logging.getLogger("hartist.serving")
+
+LOST = "the worker that made this picture was lost, more than once; try again later"
+DRAINING = "the server is shutting down; try another one"
+
+T = TypeVar("T", bound=Task)
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Something that makes batches: a worker process, or a replica elsewhere."""
+
+    info: ModelInfo | None
+
+    async def start(self) -> ModelInfo: ...
+
+    async def run(self, tasks: list[Task], deliver: Callable[[Event], None]) -> None: ...
+
+    def cancel(self, ids: list[str]) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class QueueFull(Exception):
+    """No room for a request now."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Draining(Exception):
+    """The server takes no more requests."""
+
+
+class DeadlineExceeded(Exception):
+    """A request was not finished in time."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_batch: int = 8
+    """Images in a batch."""
+    max_queue: int = 64
+    """Images that may wait, of all requests."""
+    deadline_seconds: float = 300.0
+    """From the arrival of a request to its last image."""
+    attempts: int = 3
+    """How often an image is begun before a lost worker counts against it."""
+
+
+@dataclass
+class Ticket(Generic[T]):
+    """An accepted request, with what becomes of it in `events`."""
+
+    tasks: Sequence[T]
+    waiting: deque[T]
+    unfinished: set[str]
+    attempts: dict[str, int] = field(default_factory=dict)
+    _events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Events of all its tasks until each is finished or failed. Raises DeadlineExceeded."""
+        left = {task.id for task in self.tasks}
+        while left:
+            event = await self._events.get()
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, Finished | Failed):
+                left.discard(event.task_id)
+            yield event
+
+
+@dataclass
+class Statistics:
+    """Counted since the start."""
+
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    retried: int = 0
+    batches: int = 0
+    batched_images: int = 0
+    workers_lost: int = 0
+
+
+class Scheduler:
+    """Shares backends between requests. Everything happens on the event loop's thread."""
+
+    def __init__(self, backends: Sequence[Backend], limits: Limits | None = None) -> None:
+        self.backends, self.limits = list(backends), limits or Limits()
+        self.statistics = Statistics()
+        self.on_batch: Callable[[int, float], None] = lambda size, seconds: None
+        self.draining = False
+        self.ready = 0
+        """Backends with a loaded model."""
+        self.fatal: str | None = None
+        """Why no backend can ever be ready again, if so."""
+        self._tickets: deque[Ticket[Any]] = deque()
+        """Those with waiting tasks, whose turn is next first."""
+        self._owners: dict[str, Ticket[Any]] = {}
+        self._running: dict[str, Backend] = {}
+        self._work, self._idle = asyncio.Event(), asyncio.Event()
+        self._workers: list[asyncio.Task[None]] = []
+        self._seconds_per_image = 1.0
+
+    # ----------------------------------------------------------------- life
+
+    async def start(self) -> ModelInfo:
+        """Load all backends. Raises UserError if the model can't be loaded."""
+        infos = await asyncio.gather(*(backend.start() for backend in self.backends), return_exceptions=True)
+        for info in infos:
+            if isinstance(info, BaseException):
+                await asyncio.gather(*(backend.stop() for backend in self.backends))
+                raise UserError(str(info)) if isinstance(info, WorkerLost) else info
+        self.ready = len(self.backends)
+        self._workers = [asyncio.create_task(self._serve(backend)) for backend in self.backends]
+        return infos[0]  # type: ignore[return-value]
+
+    async def drain(self, patience: float) -> None:
+        """Take no more requests; finish those accepted, for at most `patience` seconds; then stop the backends."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self._owners:
+                    self._idle.clear()
+                    await self._idle.wait()
+        for ticket in {id(t): t for t in self._owners.values()}.values():
+            for task_id in list(ticket.unfinished):
+                self._deliver(Failed(task_id, DRAINING))
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        await asyncio.gather(*(backend.stop() for backend in self.backends), return_exceptions=True)
+
+    # ----------------------------------------------------------------- requests
+
+    @property
+    def waiting(self) -> int:
+        """Images that no backend has begun."""
+        return sum(len(ticket.waiting) for ticket in self._tickets)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def submit(self, tasks: Sequence[T]) -> Ticket[T]:
+        """Accept a request. Raises QueueFull or Draining."""
+        if self.draining or self.fatal:
+            raise Draining(self.fatal or DRAINING)
+        ahead = self.waiting
+        if ahead + len(tasks) > self.limits.max_queue:
+            raise QueueFull(max(1, round(ahead * self._seconds_per_image / max(1, self.ready))))
+        ticket = Ticket(tasks, deque(tasks), {task.id for task in tasks})
+        for task in tasks:
+            self._owners[task.id] = ticket
+        self._enqueue(ticket)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.limits.deadline_seconds, self._expire, ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Give up a request: what waits is dropped, what is being made stops after its scale."""
+        if not ticket.unfinished:
+            return
+        self.statistics.cancelled += len(ticket.unfinished)
+        by_backend: dict[int, tuple[Backend, list[str]]] = {}
+        for task_id in ticket.unfinished:
+            backend = self._running.pop(task_id, None)
+            if backend is not None:
+                by_backend.setdefault(id(backend), (backend, []))[1].append(task_id)
+            self._disown(task_id)
+        for backend, ids in by_backend.values():
+            backend.cancel(ids)
+        ticket.unfinished.clear()
+        ticket.waiting.clear()
+        self._forget(ticket)
+
+    def _expire(self, ticket: Ticket) -> None:
+        if ticket.unfinished:
+            self.cancel(ticket)
+            ticket._events.put_nowait(DeadlineExceeded(f"not finished within {self.limits.deadline_seconds:g} s"))
+
+    # ----------------------------------------------------------------- backends
+
+    async def _serve(self, backend: Backend) -> None:
+        """Give a backend batch after batch, and life again when it dies."""
+        while True:
+            while not self._tickets:
+                self._work.clear()
+                await self._work.wait()
+            batch = self._next_batch(backend)
+            started = time.monotonic()
+            try:
+                await backend.run(batch, self._deliver)
+            except WorkerLost as error:
+                log.error("%s; %d images were under way", error, len(batch))
+                self.statistics.workers_lost += 1
+                self.ready -= 1
+                self._again(batch)
+                await self._revive(backend)
+                continue
+            finally:
+                for task in batch:
+                    self._running.pop(task.id, None)
+            seconds = time.monotonic() - started
+            self._seconds_per_image += 0.2 * (seconds / len(batch) - self._seconds_per_image)
+            self.statistics.batches += 1
+            self.statistics.batched_images += len(batch)
+            self.on_batch(len(batch), seconds)
+
+    async def _revive(self, backend: Backend) -> None:
+        pause = 0.1
+        while True:
+            try:
+                await backend.stop()
+                await backend.start()
+            except UserError as error:  # the model's files are gone or damaged: no use in going on
+                log.error("a worker cannot be started again: %s", error)
+                if self.ready == 0:
+                    self._give_up(str(error))
+                raise
+            except WorkerLost as error:
+                log.error("%s; another try in %.1f s", error, pause)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 30.0)
+            else:
+                self.ready += 1
+                return
+
+    def _give_up(self, reason: str) -> None:
+        self.fatal = f"no worker is left ({reason})"
+        for task_id in list(self._owners):
+            self._deliver(Failed(task_id, self.fatal))
+        self._tickets.clear()
+
+    def _next_batch(self, backend: Backend) -> list[Task]:
+        """One image of every request in turn, of the shape whose turn it is; requests served go to the back.
+
+        An image that has lost two workers already is made alone: if it is what kills them, nothing else suffers.
+        """
+        first = self._tickets[0]
+        size = 1 if first.attempts.get(first.waiting[0].id, 0) >= 2 else self.limits.max_batch
+        shape = first.waiting[0].shape
+        chosen: list[Task] = []
+        served: list[Ticket] = []
+        while len(chosen) < size:
+            before = len(chosen)
+            for ticket in self._tickets:
+                if ticket.waiting and ticket.waiting[0].shape == shape and len(chosen) < size:
+                    task = ticket.waiting.popleft()
+                    ticket.attempts[task.id] = ticket.attempts.get(task.id, 0) + 1
+                    chosen.append(task)
+                    if all(ticket is not t for t in served):
+                        served.append(ticket)
+            if len(chosen) == before:
+                break
+        for ticket in served:
+            self._forget(ticket)
+            if ticket.waiting:
+                self._enqueue(ticket)
+        for task in chosen:
+            self._running[task.id] = backend
+        return chosen
+
+    def _again(self, batch: list[Task]) -> None:
+        """Images whose worker died go to the front, unless they have been tried often enough."""
+        for task in reversed(batch):
+            ticket = self._owners.get(task.id)
+            if ticket is None:
+                continue
+            if ticket.attempts[task.id] >= self.limits.attempts:
+                self._deliver(Failed(task.id, LOST, retry=True))
+                continue
+            self.statistics.retried += 1
+            ticket.waiting.appendleft(task)
+            self._forget(ticket)
+            self._enqueue(ticket, first=True)
+
+    def _deliver(self, event: Event) -> None:
+        ticket = self._owners.get(event.task_id)
+        if ticket is None:
+            return  # cancelled
+        if isinstance(event, Finished | Failed):
+            if isinstance(event, Finished):
+                self.statistics.finished += 1
+            else:
+                self.statistics.failed += 1
+            ticket.unfinished.discard(event.task_id)
+            self._running.pop(event.task_id, None)
+            self._disown(event.task_id)
+        ticket._events.put_nowait(event)
+
+    def _disown(self, task_id: str) -> None:
+        self._owners.pop(task_id, None)
+        if not self._owners:
+            self._idle.set()
+
+    def _enqueue(self, ticket: Ticket, *, first: bool = False) -> None:
+        (self._tickets.appendleft if first else self._tickets.append)(ticket)
+        self._work.set()
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._tickets = deque(t for t in self._tickets if t is not ticket)
