@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import io
 import json
@@ -26,11 +27,21 @@ import tiny
 from hartist.commands.serve import _page
 from hartist.errors import UserError
 from hartist.generation.pipeline import Pipeline
-from hartist.generation.png import read_metadata
+from hartist.generation.png import encode_png, read_metadata
 from hartist.generation.sampling import SamplingSettings
 from hartist.serving.batch import run_batch
 from hartist.serving.reconstruction import MAX_PIXELS, read_upload
-from hartist.serving.tasks import Event, Failed, ImageTask, Reconstructed, ReconstructTask
+from hartist.serving.results import Results
+from hartist.serving.tasks import (
+    Event,
+    Failed,
+    Finished,
+    ImageTask,
+    ModelInfo,
+    Preview,
+    Reconstructed,
+    ReconstructTask,
+)
 from servers import Server
 
 pytest.importorskip("gradio", reason="the page needs gradio")
@@ -38,11 +49,13 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests n
 
 from hartist.serving.page.reconstruct_tab import MAX_BYTES, decibels, picture_of  # noqa: E402
 from hartist.serving.page.requests import from_form, from_query, to_query  # noqa: E402
+from hartist.serving.page.stage import Stage  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 KEY = "open-sesame"
-SIDES = (1, 2, 3, 4, 5, 6)
+SIDES = (1, 2, 3, 4, 6, 8, 10, 12, 16)
+"""Enough work that a browser can keep up with the previews."""
 PIXELS = 8 * SIDES[-1]
 PATIENCE = 240.0
 """Seconds for one step on a busy machine."""
@@ -391,6 +404,45 @@ def test_the_form_says_what_is_wrong_with_a_seed() -> None:
     for seed in ("7.5", "seven", "9" * 50):
         with pytest.raises(UserError, match="the seed is no whole number"):
             from_form("a cat", 1, seed)
+
+
+def test_the_stage_tells_what_becomes_of_each_picture() -> None:
+    png = encode_png(Image.new("RGB", (8, 8)))
+    info = ModelInfo("m", 8, 8, 2, SamplingSettings(guidance=2.0), grids=((1, 1), (2, 3)))
+    tasks = [ImageTask(name, "<b>Café!</b>", i, info.settings) for i, name in enumerate("abcde")]
+    stage, results = Stage(info, tasks, kept := Results()), []
+
+    async def work() -> None:
+        stage.wait(1)
+        results.append(stage.value())
+        for event in (
+            Preview("a", 1, 2, png),
+            Finished("b", png, truncated_tokens=1),
+            Finished("c", png, blocked=True),
+            Failed("d", "no"),
+        ):
+            await stage.add(event)
+        results.append(stage.value())
+        stage.end("stopped", "Stopped")
+        results.append(stage.value())
+
+    asyncio.run(work())
+    waiting, running, stopped = results
+    assert (waiting["status"], waiting["note"]) == ("waiting", "Waiting: 1 picture in the queue")
+    assert [p["caption"] for p in running["pictures"]] == [
+        "scale 2 of 2: 2×3",
+        "seed 1",
+        "Withheld by the image filter",
+        "no",
+        "",
+    ]
+    assert [p["id"] for p in stopped["pictures"]] == ["a", "b", "c", "d"]
+    assert waiting["number"] < running["number"] < stopped["number"]
+    made = running["pictures"][1]
+    assert kept.get(made["source"].rpartition("/")[2]).data == png  # type: ignore[union-attr]
+    assert made["file"] == "b-caf-b-1.png"
+    assert made["note"] == "The model did not read the last 1 token of this prompt."
+    assert running["pictures"][2]["source"] == ""
 
 
 def test_pictures_are_checked_before_they_are_decoded() -> None:

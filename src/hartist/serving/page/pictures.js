@@ -21,11 +21,13 @@ function make(tag, className, text) {
 async function show(frame, source, alt) {
   if (frame.dataset.source === source) return;
   frame.dataset.source = source;
+  const turn = (frame.begun = (frame.begun || 0) + 1);
   const image = make("img");
   image.alt = alt;
   image.src = source;
   const painted = await image.decode().then(() => true, () => false);
-  if (!painted || frame.dataset.source !== source) return; // what is there already stays
+  if (!painted || turn < frame.shown) return; // what is there stays: it is all there is, or newer
+  frame.shown = turn;
   const before = [...frame.children];
   frame.append(image);
   setTimeout(() => before.forEach((old) => old.remove()), 300);
@@ -81,7 +83,10 @@ async function update(picture, value) {
   [...tile.querySelectorAll(".steps i")].forEach((step, k) => step.classList.toggle("done", k < picture.done));
   tile.querySelector(".caption").textContent = picture.caption || value.note; // of one that waits
   tile.classList.toggle("failed", !!picture.failed);
-  if (picture.failed) frame.replaceChildren();
+  if (picture.failed) {
+    frame.shown = Infinity;
+    frame.replaceChildren();
+  }
   if (picture.source && !picture.finished) show(frame, picture.source, picture.caption);
   if (picture.finished && !tile.classList.contains("finished")) {
     tile.classList.add("finished");
