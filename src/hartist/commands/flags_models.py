@@ -52,7 +52,8 @@ def add_generate(commands: Any) -> None:
         "offline batches",
         'FILE holds a JSON object a line: {"prompt": …}, and what differs from the flags among seed, n,\n'
         "negative_prompt and sampling settings (guidance, top_k, …); an id names the files. DIR/manifest.jsonl\n"
-        "lists what is made. Run the same command again to make what is missing.",
+        "lists what is made. Run the same command again to make what is missing. Each process computes with one\n"
+        "CPU thread, or --threads N: the pictures do not depend on how many processes there are.",
     )
     group.add_argument("--prompts", dest="jobs", type=Path, metavar="FILE", help="a file of prompts, as JSON lines")
     group.add_argument(

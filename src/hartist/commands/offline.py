@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from hartist.commands.output import require_writable
 from hartist.errors import UserError
-from hartist.generation.cluster import ray_running, threads_each
+from hartist.generation.cluster import ray_running
 from hartist.generation.loading import find_model
 from hartist.generation.offline import Batch, Made, Manifest, ModelOptions, batches, check_plan, make
 from hartist.generation.offline_plan import Defaults, Picture, read_plan
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> int:
         args.device,
         args.dtype,
         not args.no_ema,
-        threads_each(args.threads, args.processes, args.ray_address) if _needs_ray(args) else args.threads,
+        args.threads or 1,  # with another number, pictures may differ by rounding
     )
     model = options.fingerprint()
     with Manifest(args.out) as manifest:
@@ -64,7 +64,7 @@ def _make(
         for batch in work:
             yield from make(pipe, batch)
         return
-    with ray_running(args.ray_address, args.processes * (options.threads or 1)):
+    with ray_running(args.ray_address, args.processes * options.threads):
         from hartist.generation.offline_ray import make_on_ray
 
         yield from make_on_ray(options, plan, work, args.processes)

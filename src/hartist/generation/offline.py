@@ -102,12 +102,11 @@ class ModelOptions:
     device: str | None = None
     dtype: str | None = None
     use_ema: bool = True
-    threads: int | None = None
+    threads: int = 1
 
     def load(self) -> Pipeline:
         """Load the model. Raises UserError if that can't be done."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads)
         return Pipeline.from_pretrained(
             self.model,
             device=self.device,

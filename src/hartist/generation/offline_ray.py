@@ -52,7 +52,7 @@ def make_on_ray(
     """
     processes = min(processes, len(batches))
     kind: Any = ray.remote(
-        num_cpus=options.threads or 1,
+        num_cpus=options.threads,
         num_gpus=gpu_share(options.device, processes),
         max_restarts=-1,
         max_task_retries=ATTEMPTS - 1,
