@@ -149,6 +149,7 @@ def fake_timings(commands: Mapping[str, Sequence[str]], *, rounds: int, **_: int
 
 def test_the_steps_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(training_step, "time_in_turns", fake_timings)
+    monkeypatch.setattr(training_step, "computes_bf16", lambda device: True)
     assert training_step.main(["--sizes", "tiny", "--json", str(tmp_path / "out.json")]) == 0
     values = json.loads((tmp_path / "out.json").read_text())
     assert values["variants"]["pixels/subsampled"]["median_seconds"] == 2
@@ -158,6 +159,9 @@ def test_the_steps_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     out = capsys.readouterr().out
     assert "| subsampling, cached" in out
     assert "6.00" in out  # GiB of the last variant
+    monkeypatch.setattr(training_step, "computes_bf16", lambda device: False)
+    assert training_step.main(["--sizes", "tiny"]) == 0
+    assert "bf16" not in capsys.readouterr().out
 
 
 def test_the_script_answers_as_a_variant() -> None:

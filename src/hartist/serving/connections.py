@@ -1,7 +1,8 @@
-"""Connections that never ask anything must not keep others out
+"""Connections that do nothing must not keep others out
 
-uvicorn waits for a request's head without limit, and a process may have only so many sockets. Here a connection has
-some seconds to send a head; and when there are too many, those that have been silent longest are closed.
+uvicorn waits without limit for a request to come and for a reply to be taken, and a process may have only so many
+sockets. Here a connection has some seconds to send a head, and some in which it takes nothing of a reply; and when
+there are too many, those that have owed the rest of a request for longest are closed.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class SilentConnections:
-    """Connections of one server without a request under way, the longest silent first."""
+    """Connections of one server of which no whole request has come, the longest silent first."""
 
-    def __init__(self, seconds: float, most: int) -> None:
-        self.seconds, self.most = seconds, most
+    def __init__(self, seconds: float, most: int, read_seconds: float) -> None:
+        self.seconds, self.most, self.read_seconds = seconds, most, read_seconds
         self.silent: OrderedDict[int, GuardedProtocol] = OrderedDict()
 
     def add(self, connection: GuardedProtocol) -> None:
@@ -33,48 +34,80 @@ class SilentConnections:
 
 
 class GuardedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with a time limit for a request's head."""
+    """uvicorn's HTTP/1.1 with time limits for a request's head and for a reply that isn't read."""
 
     guard: SilentConnections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._await_head()
+        self._timer: asyncio.TimerHandle | None = None
+        self._await_request()
 
     def handle_events(self) -> None:
         before = self.cycle
         super().handle_events()
-        if self.cycle is not before and self.cycle is not None:
-            self._got_head()
+        if self.cycle is None or self.cycle.response_complete:
+            return
+        if self.cycle is not before and not self.flow.write_paused:
+            self._unwatch()  # the head is there; the application has its own limit for the body
+        if not self.cycle.more_body:
+            self.guard.remove(self)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
-            self._await_head()
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_request()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unwatch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._got_head()
+        self._forget()
         super().connection_lost(exc)
 
     def close(self) -> None:
         """Hang up without another word."""
-        self._got_head()
+        self._forget()
         with contextlib.suppress(Exception):
             self.transport.abort()
 
-    def _await_head(self) -> None:
-        self._got_head()
-        self._head_timer = asyncio.get_running_loop().call_later(self.guard.seconds, self.close)
+    def _await_request(self) -> None:
+        self._watch()
         self.guard.add(self)
 
-    def _got_head(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _watch(self) -> None:
+        """Hang up if nothing happens for some seconds: no head comes, and nothing of a reply is taken."""
+        self._unwatch()
+        unsent = self.transport.get_write_buffer_size()
+        seconds = self.guard.read_seconds if unsent else self.guard.seconds
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._late, unsent)
+
+    def _late(self, unsent: int) -> None:
+        if self.transport.get_write_buffer_size() < unsent:
+            self._watch()  # a slow reader, but one that reads
+        else:
+            self.close()
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _forget(self) -> None:
+        self._unwatch()
         self.guard.remove(self)
 
 
-def guarded_protocol(seconds: float = 15.0, most: int = 512) -> type[Any]:
-    """A protocol class for one server (`uvicorn.Config(http=…)`)."""
-    return type("GuardedProtocol", (GuardedProtocol,), {"guard": SilentConnections(seconds, most)})
+def guarded_protocol(seconds: float = 15.0, most: int = 512, read_seconds: float = 60.0) -> type[Any]:
+    """A protocol class for one server (`uvicorn.Config(http=…)`).
+
+    `seconds` to send a request's head in, `read_seconds` in which some of a reply must be taken, and at `most` so many
+    connections that have not sent a whole request.
+    """
+    return type("GuardedProtocol", (GuardedProtocol,), {"guard": SilentConnections(seconds, most, read_seconds)})

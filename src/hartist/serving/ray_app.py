@@ -8,10 +8,12 @@ which the scheduler makes anew. Import it inside `hartist.generation.cluster.ray
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +25,11 @@ from ray.serve.exceptions import RayServeException
 
 from hartist.errors import UserError
 from hartist.generation.cluster import gpu_share
-from hartist.serving.ray_replica import APP, FRONT, ModelReplica, RayBackend
+from hartist.serving.ray_replica import APP, FRONT, Known, ModelReplica, RayBackend, first_line
 from hartist.serving.scheduler import Backend
 from hartist.serving.worker import WorkerOptions
+
+log = logging.getLogger("hartist.serving")
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
@@ -45,7 +49,8 @@ class Front:
     """The application as a deployment: one replica, which Ray starts anew if it dies."""
 
     def __init__(self, model: Any, build: BuildApp, slots: int) -> None:
-        self.backends = [RayBackend(model, slot) for slot in range(slots)]
+        known = Known(model)
+        self.backends = [RayBackend(known, slot) for slot in range(slots)]
         self.build = build
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -61,6 +66,10 @@ class Front:
     async def unwanted(self, slot: int, batch: int) -> list[str]:
         """For replicas: tasks of their batch that were cancelled, as soon as there are some; none at its end."""
         return await self.backends[slot].unwanted(batch)
+
+    async def drain_seconds(self) -> float:
+        """How long `drain` may take."""
+        return self.application.state.server.options.drain_seconds
 
     async def drain(self) -> None:
         """Take no more requests and wait for those accepted."""
@@ -91,10 +100,11 @@ def serve_on_ray(
             )
             application = _deployment(build, options, replicas, stall_seconds)
             front = serve.run(application, name=APP, logging_config=LOGGING)
+            patience = front.drain_seconds.remote().result()
             with contextlib.suppress(KeyboardInterrupt):
                 print(f"serving on http://{host}:{port} (Ctrl-C stops)", file=sys.stderr, flush=True)
                 threading.Event().wait()
-            front.drain.remote().result()
+            _drain(front, patience)
         except KeyboardInterrupt:
             pass  # nothing was served yet, or it shall wait for nothing
         except (RuntimeError, RayError, RayServeException) as error:
@@ -136,6 +146,27 @@ def _deployment(build: BuildApp, options: WorkerOptions, replicas: Replicas, sta
     return front.bind(model.bind(options, stall_seconds), build, replicas.most)
 
 
+def _drain(front: Any, patience: float) -> None:
+    """Have the application finish what it has accepted, for as long as there is an application."""
+    end = time.monotonic() + patience + 5
+    try:
+        draining = front.drain.remote()
+        while _is_healthy(FRONT) and time.monotonic() < end:
+            with contextlib.suppress(TimeoutError):
+                draining.result(timeout_s=1)
+                return
+        reason = "it is stuck, or being replaced"
+    except (RayError, RayServeException) as error:
+        reason = first_line(error)
+    log.error("the application gave up what it had accepted (%s)", reason)
+
+
+def _is_healthy(deployment: str) -> bool:
+    """As far as Ray knows, which may be some seconds late."""
+    application = serve.status().applications.get(APP)
+    return application is not None and application.deployments[deployment].status == "HEALTHY"
+
+
 def _reason(error: Exception) -> str:
     """Why nothing could be deployed, in a line: our own error of a replica, or the first line of Ray's."""
     messages = [
@@ -144,7 +175,7 @@ def _reason(error: Exception) -> str:
         for deployment in application.deployments.values()
     ]
     found = re.search(r"UserError: (.+)", "\n".join([*messages, str(error)]))
-    return found[1] if found else f"Ray Serve could not start the server ({str(error).strip().splitlines()[0]})"
+    return found[1] if found else f"Ray Serve could not start the server ({first_line(error)})"
 
 
 @contextlib.contextmanager

@@ -107,20 +107,45 @@ async def _watch(gone: set[str], slot: int, batch: int) -> None:
 
 
 @dataclass
-class RayBackend:
-    """A replica as the application sees it, whichever it is. Methods are for the event loop's thread."""
+class Known:
+    """What the backends of an application know together: whether there is a replica, and its model.
+
+    Ray's autoscaler takes every call that waits for work, so only one backend at a time asks, and what the others want
+    waits for the answer. A busy replica answers after its batch; till then there is none that could begin another.
+    """
 
     handle: Any
+    info: ModelInfo | None = None
+    """None before the first answer, and after a loss, which may have been of the last replica."""
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def replica(self) -> ModelInfo:
+        """Wait until a replica is there, free or not. Raises WorkerLost if there is none to wait for."""
+        async with self._asking:
+            if self.info is None:
+                with _losses():
+                    self.info = await self.handle.info.remote()
+            assert self.info is not None
+            return self.info
+
+
+@dataclass
+class RayBackend:
+    """The right to have one batch with Ray, on whichever replica. Methods are for the event loop's thread.
+
+    It is ready as soon as there is any replica, for batches that wait are what makes Ray start more. The time that a
+    batch takes includes that wait, so what the scheduler expects of its ready backends holds with fewer replicas too.
+    """
+
+    known: Known
     slot: int
     info: ModelInfo | None = None
     _batch: int = 0
     _unwanted: asyncio.Queue[list[str]] = field(default_factory=asyncio.Queue)
 
     async def start(self) -> ModelInfo:
-        """Wait for a free replica. Raises WorkerLost if there is none to wait for."""
-        with _losses():
-            self.info = await self.handle.info.remote()
-        assert self.info is not None
+        """Wait until there is a replica. Raises WorkerLost if there is none to wait for."""
+        self.info = await self.known.replica()
         return self.info
 
     async def run(self, tasks: list[Task], deliver: Callable[[Event], None]) -> None:
@@ -128,13 +153,17 @@ class RayBackend:
         self._batch += 1
         unwanted: asyncio.Queue[list[str]] = asyncio.Queue()
         self._unwanted = unwanted
-        stream = self.handle.make.options(stream=True).remote(tasks, self.slot, self._batch)
+        await self.known.replica()
+        stream = self.known.handle.make.options(stream=True).remote(tasks, self.slot, self._batch)
         try:
             with _losses():
                 async for event in stream:
                     deliver(event)
         except asyncio.CancelledError:
             stream.cancel()
+            raise
+        except WorkerLost:
+            self.known.info = None
             raise
         finally:
             unwanted.put_nowait([])  # ends the replica's question
@@ -157,5 +186,9 @@ def _losses() -> Iterator[None]:
     try:
         yield
     except (RayError, RayServeException) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WorkerLost(f"a replica was lost ({reason})") from error
+        raise WorkerLost(f"a replica was lost ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without Ray's account of where."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

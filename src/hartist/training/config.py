@@ -38,7 +38,8 @@ class RunConfig:
     picture_every: int = 500
     checkpoint_seconds: float = 180.0
     bf16: bool = True
-    """Autocast convolutions and matrix products to bfloat16; quantizer, logits and losses stay float32."""
+    """Autocast convolutions and matrix products to bfloat16 where the hardware has it; quantizer, logits and
+    losses stay float32."""
     compile: bool = False
     """Compile the networks' blocks with torch.compile."""
     activation_checkpointing: bool = False

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hartist.precision import computes_bf16
 from hartist.training.parallel import World
 
 BACKWARD = 2
@@ -36,6 +37,7 @@ def peak_flops(world: World, bf16: bool) -> float:
 
     0 where neither is known. Ranks on one CPU share it, so theirs are measured at the same time.
     """
+    bf16 = bf16 and computes_bf16(world.device)
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name(world.device)
         return next((peak for key, peak in PEAK_BF16.items() if key in name), 0.0) * world.size if bf16 else 0.0

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hartist.precision import autocast
 from hartist.scales import ScaleSchedule
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.config import GeneratorLossConfig, Phase, RunConfig
@@ -166,7 +167,7 @@ def measured_seconds(
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=run.bf16):
+        with autocast(world.device, run.bf16):
             output = forward(network)
         output.float().mean().backward()
         if world.device.type == "cuda":

@@ -17,6 +17,7 @@ from hartist.errors import UserError
 from hartist.files import clear_temporaries
 from hartist.generation.checkpoint import LoadedModel, save_model
 from hartist.generation.sampling import SamplingSettings, sample_ids
+from hartist.precision import autocast
 from hartist.residual.loss import diffusion_loss
 from hartist.residual.schedule import training_schedule
 from hartist.scales import ScaleSchedule
@@ -148,7 +149,7 @@ class GeneratorStage:
             share = self.losses.drop_share
             ratio = drop_ratio(micro.generator(stream=9)) if share is None else share
             kept = kept_count(phase.schedule.lengths[-1], ratio)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.bf16):
+        with autocast(self.device, self.run.bf16):
             return self.batch_loss(
                 self.transformer, batch, scales=scales, kept=kept, dropout=self.losses.condition_dropout
             )

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.conv import _ConvNd
 
+from hartist.precision import computes_bf16
+
 EDGES = ("encoder.conv_in", "decoder.conv_out", "head.linear", "final.linear")
 """Layers at pixels, logits and noise: their rows mean something by themselves, so AdamW keeps them."""
 
@@ -32,10 +34,14 @@ def hidden_matrices(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def orthogonalise(update_MN: Float[Tensor, "m n"], rounds: int = 5) -> Float[Tensor, "m n"]:
-    """The nearest (semi-)orthogonal matrix, roughly: singular values between 0.7 and 1.2; bfloat16."""
+    """The nearest (semi-)orthogonal matrix, roughly: singular values between 0.7 and 1.2.
+
+    In bfloat16 where that pays.
+    """
     a, b, c = QUINTIC
     tall = update_MN.shape[0] > update_MN.shape[1]
-    x = (update_MN.T if tall else update_MN).bfloat16()
+    x = update_MN.T if tall else update_MN
+    x = x.bfloat16() if computes_bf16(x.device) else x.float()
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(rounds):
         gram = x @ x.T

@@ -31,6 +31,7 @@ from hartist.training.images import load_images
 from hartist.training.loop import train
 from hartist.training.lora import add_adapters
 from hartist.training.parallel import Strategy, World
+from hartist.training.perceptual import find_perceptual
 from hartist.training.prepare import held_out, prepare_data
 from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe
 from hartist.training.tokenizer_stage import TokenizerStage
@@ -79,6 +80,8 @@ def train_tokenizer(
             f"{discriminator} is a PatchGAN, which this recipe doesn't use; "
             "add --set losses.adversary.kind=patchgan --set losses.adversarial=0.5"
         )
+    if recipe.losses.perceptual:
+        find_perceptual(recipe.losses.perceptual_network, trunk)  # absent weights are told of before pictures are read
     source, validation = _image_source(data, recipe, options, world, progress and world.main)
     if start_from is not None:
         tokenizer = load_tokenizer_of(start_from)

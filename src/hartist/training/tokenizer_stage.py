@@ -20,6 +20,7 @@ from hartist.config import TokenizerConfig
 from hartist.evaluation.image_metrics import psnr
 from hartist.files import atomic_directory, clear_temporaries
 from hartist.pixels import from_uint8, save_grid, to_uint8
+from hartist.precision import autocast
 from hartist.tokenizer.autoencoder import last_layer
 from hartist.tokenizer.checkpoint import save_tokenizer
 from hartist.tokenizer.hybrid import HybridTokenizer
@@ -121,7 +122,7 @@ class TokenizerStage:
         return from_uint8(pixels).to(memory_format=torch.channels_last)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.bf16)
+        return autocast(self.device, self.run.bf16)
 
     def path(self, micro: MicroBatch) -> str:
         """What the decoder sees in this step: one draw for the whole batch, as in the paper."""
