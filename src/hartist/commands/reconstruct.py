@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
-
-import torch
-from jaxtyping import UInt8
-from torch import Tensor
 
 from hartist.commands.output import require_writable, slug, use_threads
 from hartist.data.folder import read_image
-from hartist.evaluation.image_metrics import psnr
+from hartist.evaluation.side_by_side import Reconstruction, middle, picture_size, reconstruct
 from hartist.files import write_bytes
 from hartist.generation.loading import find_model, load_tokenizer_of
 from hartist.generation.pipeline import choose_device, choose_dtype
-from hartist.pixels import from_uint8, grid_image, png_bytes, to_uint8
-from hartist.tokenizer.hybrid import HybridTokenizer
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """One picture by both paths; PSNR in dB."""
-
-    original: UInt8[Tensor, "h w 3"]
-    discrete: UInt8[Tensor, "h w 3"]
-    hybrid: UInt8[Tensor, "h w 3"]
-    discrete_psnr: float
-    hybrid_psnr: float
+from hartist.pixels import grid_image, png_bytes
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +20,9 @@ def run(args: argparse.Namespace) -> int:
     require_writable(args.out)
     device = choose_device(args.device)
     tokenizer = load_tokenizer_of(find_model(args.model), choose_dtype(args.dtype, device)).to(device)
-    pictures = [read_picture(path, tokenizer) for path in args.images]  # all, before anything is written
+    height, width = picture_size(tokenizer)
+    # All, before anything is written
+    pictures = [middle(read_image(path, max(height, width)), height, width) for path in args.images]
     results = []
     for i, (path, picture) in enumerate(zip(args.images, pictures, strict=True)):
         results.append(reconstruct(tokenizer, picture.to(device)))
@@ -48,31 +32,6 @@ def run(args: argparse.Namespace) -> int:
         print(target)
     print("\n" + format_table([path.name for path in args.images], results))
     return 0
-
-
-def read_picture(path: Path, tokenizer: HybridTokenizer) -> UInt8[Tensor, "h w 3"]:
-    """A picture cropped to its centre and resized to what the tokenizer takes; UserError if it is broken."""
-    cells_h, cells_w = tokenizer.schedule.finest
-    height, width = cells_h * tokenizer.config.downsampling, cells_w * tokenizer.config.downsampling
-    side = max(height, width)
-    square = torch.from_numpy(read_image(path, side))
-    top, left = (side - height) // 2, (side - width) // 2
-    return square[top : top + height, left : left + width].clone()
-
-
-@torch.inference_mode()
-def reconstruct(tokenizer: HybridTokenizer, picture: UInt8[Tensor, "h w 3"]) -> Reconstruction:
-    """Encode one picture, decode it by the discrete and by the hybrid path."""
-    image = from_uint8(picture)[None]
-    tokens = tokenizer.encode(image)
-    discrete, hybrid = tokenizer.decode_discrete(tokens.ids), tokenizer.decode(tokens)
-    return Reconstruction(
-        picture,
-        to_uint8(discrete)[0],
-        to_uint8(hybrid)[0],
-        psnr(discrete, image).item(),
-        psnr(hybrid, image).item(),
-    )
 
 
 def format_table(names: Sequence[str], results: Sequence[Reconstruction]) -> str:

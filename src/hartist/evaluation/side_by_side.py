@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -28,6 +29,13 @@ def picture_size(tokenizer: HybridTokenizer) -> tuple[int, int]:
     """(height, width) in pixels of what a tokenizer takes and gives."""
     h, w = tokenizer.schedule.finest
     return h * tokenizer.config.downsampling, w * tokenizer.config.downsampling
+
+
+def middle(square_HW3: UInt8[np.ndarray, "s s 3"], height: int, width: int) -> UInt8[Tensor, "{height} {width} 3"]:
+    """The middle of a picture that is as large as the longer of these sides."""
+    side = len(square_HW3)
+    top, left = (side - height) // 2, (side - width) // 2
+    return torch.from_numpy(np.ascontiguousarray(square_HW3[top : top + height, left : left + width]))
 
 
 @torch.inference_mode()

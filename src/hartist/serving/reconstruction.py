@@ -5,15 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 
-import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from hartist.data.transform import BrokenImage, decode, prepare
 from hartist.errors import UserError
-from hartist.evaluation.side_by_side import picture_size, reconstruct
+from hartist.evaluation.side_by_side import middle, picture_size, reconstruct
 from hartist.pixels import png_bytes
 from hartist.serving.tasks import Event, Failed, Reconstructed, ReconstructTask
 from hartist.tokenizer.hybrid import HybridTokenizer
@@ -61,10 +59,7 @@ def read_upload(data: bytes, height: int, width: int) -> UInt8[Tensor, "{height}
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             pixels = file.width * file.height
         if pixels <= MAX_PIXELS:
-            side = max(height, width)
-            square = prepare(decode(data), side)
-            top, left = (side - height) // 2, (side - width) // 2
-            return torch.from_numpy(np.ascontiguousarray(square[top : top + height, left : left + width]))
+            return middle(prepare(decode(data), max(height, width)), height, width)
     except UnidentifiedImageError as error:
         raise UserError("this file is no PNG, JPEG or WebP picture; choose another one") from error
     except (BrokenImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
