@@ -16,6 +16,7 @@ from hartist.generation.sampling import SamplingSettings, smooth_vectors
 from hartist.text.encoder import TextContext, unconditional_context
 from hartist.tokenizer.residual_loop import tokens_to_map
 from hartist.transformer.model import ScaleTransformer
+from hartist.transformer.prefix import run_prefix
 from small import RECTANGLES, VAR, normal, random_context, random_quantizer, random_transformer
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -107,6 +108,31 @@ def test_images_that_are_dropped_under_way_leave_the_others_as_they_were(name: s
             images = images if rows is None else [images[row] for row in rows]
             try:
                 result = scales.send(rows)
+            except StopIteration:
+                break
+        assert result.k == len(model.schedule) - 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prefix_that_was_run_once_serves_all_images(name: str) -> None:
+    """Also under other conditions than the one it was first needed for, and when images are dropped."""
+    model = random_transformer(**MODELS[name])
+    quantizer = random_quantizer(sides=model.config.sides)
+    shared = run_prefix(model, select(conditions(model, 1)[1], 0))
+    for count in (1, 3):
+        condition, unconditional = conditions(model, count)
+        reference = generate_scales(
+            model, quantizer, condition, unconditional, SETTINGS, ImageNoise(tuple(range(count)))
+        )
+        scales = generate_scales(model, quantizer, condition, shared, SETTINGS, ImageNoise(tuple(range(count))))
+        expected, result = next(reference), next(scales)
+        while True:
+            assert torch.equal(result.ids_Bl, expected.ids_Bl)
+            torch.testing.assert_close(result.logits_BlV, expected.logits_BlV, rtol=0, atol=1e-5)
+            torch.testing.assert_close(result.f_hat_BChw, expected.f_hat_BChw, rtol=0, atol=1e-5)
+            rows = [count - 1] if result.k == 1 else None
+            try:
+                expected, result = reference.send(rows), scales.send(rows)
             except StopIteration:
                 break
         assert result.k == len(model.schedule) - 1

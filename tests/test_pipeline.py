@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from hartist.errors import UserError
 from hartist.generation.loop import ScaleResult
 from hartist.generation.pipeline import MAX_PROMPT_CHARACTERS, Generated, Request, make_requests, override
 from hartist.generation.sampling import SamplingSettings
+from hartist.transformer.model import ScaleTransformer
+from hartist.transformer.prefix import Prefix, run_prefix
 from tiny import NUM_CLASSES, SETTINGS, SIDES, SIZE, write_tiny_class_model, write_tiny_text_model
 
 PROMPTS = ["a red apple, 3d", "a sleeping cat on a table, flat", "green"]
@@ -166,6 +169,26 @@ def test_a_negative_prompt_changes_the_image(pipe: Pipeline) -> None:
     assert distance(negative, plain) > 1
     assert not torch.equal(negative.ids, plain.ids)
     assert_same_image(make(pipe, request, negative_prompt=""), plain, levels=0)
+
+
+def test_the_other_branchs_prefix_is_run_once_for_all_images(
+    text_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = Pipeline.from_pretrained(text_directory, device="cpu")
+    run: list[int] = []
+
+    def counted(model: ScaleTransformer, condition: Any) -> Prefix:
+        run.append(len(condition))
+        return run_prefix(model, condition)
+
+    monkeypatch.setattr("hartist.generation.pipeline.run_prefix", counted)
+    requests = [Request(prompt, seed) for prompt in PROMPTS[:2] for seed in range(3)]
+    make(fresh, requests, batch_size=2)
+    make(fresh, requests[:1], guidance=0.0)
+    assert run == [1]
+    for negative in ("a", "b", "c", "", "a", "d", "b"):  # one more than are kept: b had been unused for longest
+        make(fresh, requests[:1], negative_prompt=negative)
+    assert run == [1] * 6
 
 
 def test_the_prompt_as_its_own_negative_cancels_guidance(pipe: Pipeline) -> None:

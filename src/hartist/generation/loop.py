@@ -19,6 +19,7 @@ from hartist.text.encoder import TextContext
 from hartist.tokenizer.quantizer import Quantizer
 from hartist.tokenizer.residual_loop import area_downsample, map_to_tokens, residual_loop, tokens_to_map
 from hartist.transformer.model import ScaleTransformer
+from hartist.transformer.prefix import Prefix, forward_prefix, join_prefix
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,16 @@ def generate_scales(
     model: ScaleTransformer,
     quantizer: Quantizer,
     condition: TextContext | Int[Tensor, " b"],
-    unconditional: TextContext | Int[Tensor, " b"],
+    unconditional: TextContext | Int[Tensor, " b"] | Prefix,
     settings: SamplingSettings,
     noise: Noise,
 ) -> Scales:
     """Generate a batch, yielding after every scale.
 
-    `condition` has one row an image, `unconditional` (or a negative prompt) as many. With guidance 0
-    the unconditional branch is not computed. Rows that are sent in (`scales.send([0, 2])`, at least one) are those to
-    go on with: the other images cost nothing from there on, and these come out as they would have.
+    `condition` has one row an image, `unconditional` (or a negative prompt) as many; or it is a prefix that was run
+    before, and serves all rows. With guidance 0 the unconditional branch is not computed. Rows that are sent in
+    (`scales.send([0, 2])`, at least one) are those to go on with: the other images cost nothing from there on, and
+    these come out as they would have.
     """
     scales = _generate(model, quantizer, condition, unconditional, settings, noise)
     rows: list[int] | None = None
@@ -74,20 +76,27 @@ def _generate(
     model: ScaleTransformer,
     quantizer: Quantizer,
     condition: TextContext | Int[Tensor, " b"],
-    unconditional: TextContext | Int[Tensor, " b"],
+    unconditional: TextContext | Int[Tensor, " b"] | Prefix,
     settings: SamplingSettings,
     noise: Noise,
 ) -> Scales:
     schedule, batch = model.schedule, len(condition)
     guided = settings.guidance > 0
     hold_last = model.config.residual is not None
-    prepared = model.prepare(_stack(condition, unconditional) if guided else condition)
+    shared = unconditional if guided and isinstance(unconditional, Prefix) else None
+    if guided and not isinstance(unconditional, Prefix):
+        condition = _stack(condition, unconditional)
+    own = model.prepare(condition)
+    prepared = join_prefix(own, shared) if shared is not None else own
     cache = model.new_cache(2 * batch if guided else batch)
     clock = _Clock(quantizer.codebook.device)
     state: dict[str, Tensor | float] = {}
 
     def choose(k: int, f_hat_BChw: Tensor) -> Tensor:
-        hidden = model.forward_scale(k, _scale_input(f_hat_BChw, k), prepared, cache)
+        if k == 0 and shared is not None:
+            hidden = forward_prefix(model, own, shared, cache)
+        else:
+            hidden = model.forward_scale(k, _scale_input(f_hat_BChw, k), prepared, cache)
         t = guidance_strength(settings.guidance, k, len(schedule), hold_last=hold_last)
         logits = model.logits(hidden, prepared)
         logits_BlV = guide(logits[:batch], logits[batch:], t) if guided else logits

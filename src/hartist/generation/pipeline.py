@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from hartist.generation.sampling import SamplingSettings
 from hartist.pixels import to_uint8
 from hartist.text.encoder import CachedTextEncoder, TextContext, unconditional_context
 from hartist.tokenizer.hybrid import HybridTokenizer
+from hartist.transformer.prefix import Prefix, run_prefix
 
 MAX_PROMPT_CHARACTERS = 20_000
 
@@ -53,9 +55,15 @@ class Generated:
 
 ScaleCallback = Callable[[ScaleResult], None]
 
+KEPT_PREFIXES = 4
+"""Negative prompts (none is one) whose keys and values are kept: 44 MB each at the released size."""
+
 
 class Pipeline:
-    """A model ready to generate. `Pipeline.from_pretrained()` loads the bundled one."""
+    """A model ready to generate. `Pipeline.from_pretrained()` loads the bundled one.
+
+    It keeps what depends on the weights and on nothing else: make another after changing them.
+    """
 
     def __init__(self, model: LoadedModel, device: torch.device | str = "cpu") -> None:
         self.model = model
@@ -63,6 +71,7 @@ class Pipeline:
         self.tokenizer = fast_layout(model.tokenizer.to(self.device))
         self.transformer = model.transformer.to(self.device)
         self.text_encoder = CachedTextEncoder(model.text_encoder) if model.text_encoder else None
+        self._prefixes: OrderedDict[str, Prefix] = OrderedDict()
 
     # ----------------------------------------------------------------- loading and saving
 
@@ -149,10 +158,26 @@ class Pipeline:
             self.transformer,
             self.tokenizer.quantizer,
             condition,
-            self.unconditional(condition, negative_prompt),
+            self._other_branch(condition, negative_prompt, settings),
             settings,
             ImageNoise([request.seed for request in requests], self.device),
         )
+
+    def _other_branch(
+        self, condition: TextContext | Tensor, negative_prompt: str | None, settings: SamplingSettings
+    ) -> Prefix | TextContext | Tensor:
+        """Guidance's other branch as a prefix, from the last few that were run."""
+        if not settings.guidance:
+            return self.unconditional(condition, negative_prompt)  # which nobody computes
+        key = negative_prompt or ""
+        found = self._prefixes.pop(key, None)
+        if found is None:
+            first = condition[:1] if isinstance(condition, Tensor) else condition.select([0])
+            found = run_prefix(self.transformer, self.unconditional(first, negative_prompt))
+        self._prefixes[key] = found
+        while len(self._prefixes) > KEPT_PREFIXES:
+            self._prefixes.popitem(last=False)
+        return found
 
     @torch.inference_mode()
     def decode(self, f_hat_BChw: Float[Tensor, "b c h w"]) -> list[Image.Image]:

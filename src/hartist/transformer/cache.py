@@ -45,6 +45,21 @@ class KVCache:
         self.lengths[layer] = end
         return keys[:, :, :end], values[:, :, :end]
 
+    def rows(self, start: int, end: int) -> KVCache:
+        """These rows, in the same memory, counted for themselves."""
+        part = KVCache(0, 0, 0, 0, 0)
+        part.keys = [tensor[start:end] for tensor in self.keys]
+        part.values = [tensor[start:end] for tensor in self.values]
+        part.lengths = list(self.lengths)
+        return part
+
+    def copy(self, row: KVCache) -> None:
+        """Take what a cache of one row holds into every row."""
+        for own, given in ((self.keys, row.keys), (self.values, row.values)):
+            for tensor, other, length in zip(own, given, row.lengths, strict=True):
+                tensor[:, :, :length] = other[:, :, :length]
+        self.lengths = list(row.lengths)
+
     def select(self, rows: list[int]) -> None:
         """Go on with these rows alone, in this order."""
         for tensors in (self.keys, self.values):
