@@ -12,33 +12,16 @@ import logging
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
 from hartist.errors import UserError
-from hartist.serving.tasks import Event, Failed, Finished, ModelInfo, Task
+from hartist.serving.model import Hangup, WorkerOptions, load_pipeline, model_info, run_guarded
+from hartist.serving.tasks import Event, ModelInfo, Task
 
 log = logging.getLogger("hartist.serving")
-
-INTERNAL = "the model failed on this request; the server's log says why"
-
-
-@dataclass(frozen=True)
-class WorkerOptions:
-    """What a worker loads; arguments of `Pipeline.from_pretrained` and the image filter's."""
-
-    model: str | None = None
-    text_model: str | None = None
-    tokenizer: str | None = None
-    use_ema: bool = True
-    device: str | None = None
-    dtype: str | None = None
-    threads: int = 0
-    """0: all cores."""
-    image_filter: float | None = None
-    """The score from which a picture is withheld; None: no filter."""
 
 
 class WorkerLost(Exception):
@@ -87,7 +70,7 @@ def _main(pipe: Connection, options: WorkerOptions) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the server decides when it is over
     try:
-        pipeline, blocks = _load(options)
+        pipeline, blocks = load_pipeline(options)
     except UserError as error:
         pipe.send(_Broken(str(error)))
         return
@@ -104,84 +87,33 @@ def _main(pipe: Connection, options: WorkerOptions) -> None:
             if isinstance(message, _Batch):
                 _work(pipe, pipeline, blocks, message.tasks)
                 pipe.send(_BatchDone())
-    except (EOFError, OSError):
+    except (EOFError, OSError, Hangup):
         return  # the server is gone or wants no more
 
 
-def _load(options: WorkerOptions) -> tuple[Any, Any]:
-    import torch
-
-    from hartist.generation.pipeline import Pipeline
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    pipeline = Pipeline.from_pretrained(
-        options.model,
-        device=options.device,
-        dtype=options.dtype,
-        text_model=options.text_model,
-        tokenizer=options.tokenizer,
-        use_ema=options.use_ema,
-    )
-    blocks = None
-    if options.image_filter is not None:
-        from hartist.serving.image_filter import load_image_filter
-
-        blocks = load_image_filter(options.image_filter)
-    return pipeline, blocks
-
-
-def model_info(pipeline: Any) -> ModelInfo:
-    """What clients are told about a model."""
-    height, width = pipeline.image_size
-    classes = pipeline.transformer.config.num_classes if pipeline.is_class_conditional else 0
-    return ModelInfo(
-        pipeline.model.name,
-        height,
-        width,
-        len(pipeline.transformer.schedule),
-        pipeline.model.settings,
-        classes,
-        pipeline.transformer.schedule.grids,
-    )
-
-
 def _work(pipe: Connection, pipeline: Any, blocks: Any, tasks: list[Task]) -> None:
-    from hartist.serving.batch import run_batch
-
     gone: set[str] = set()
-    over: set[str] = set()
+
+    def send(message: Any) -> None:
+        try:
+            pipe.send(message)
+        except OSError as error:
+            raise Hangup from error
 
     def cancelled() -> set[str]:
-        pipe.send(_Beat())
-        while pipe.poll():
-            message = pipe.recv()
-            if isinstance(message, _Stop):
-                raise EOFError
-            if isinstance(message, _Cancel):
-                gone.update(message.ids)
+        send(_Beat())
+        try:
+            while pipe.poll():
+                message = pipe.recv()
+                if isinstance(message, _Stop):
+                    raise Hangup
+                if isinstance(message, _Cancel):
+                    gone.update(message.ids)
+        except (EOFError, OSError) as error:
+            raise Hangup from error
         return gone
 
-    def emit(event: Event) -> None:
-        if isinstance(event, Finished | Failed):
-            over.add(event.task_id)
-        pipe.send(event)
-
-    try:
-        run_batch(pipeline, tasks, cancelled, emit, blocks)
-    except (EOFError, OSError):
-        raise
-    except UserError as error:
-        _fail(pipe, tasks, over | gone, str(error))
-    except Exception:
-        log.exception("a batch failed: %s", tasks)
-        _fail(pipe, tasks, over | gone, INTERNAL)
-
-
-def _fail(pipe: Connection, tasks: Sequence[Task], over: set[str], message: str) -> None:
-    for task in tasks:
-        if task.id not in over:
-            pipe.send(Failed(task.id, message))
+    run_guarded(pipeline, blocks, tasks, cancelled, send)
 
 
 # ---------------------------------------------------------------------- the server's side
