@@ -121,6 +121,31 @@ def test_figures_for_prometheus(server: Server) -> None:
     assert "hartist_ready_workers 1.0" in text
 
 
+def test_replies_are_counted_by_route_and_times_are_taken(server: Server, client: openai.OpenAI) -> None:
+    def figures() -> dict[str, float]:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return {line.rpartition(" ")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
+
+    def reply(route: str, status: int) -> str:
+        return f'hartist_requests_total{{route="{route}",status="{status}"}}'
+
+    route = "/v1/images/generations"
+    before = figures()
+    client.images.generate(prompt="a cat")
+    list(client.images.generate(prompt="a cat", stream=True, partial_images=1))
+    httpx.post(f"{server.url}{route}", content=b"{")
+    httpx.get(f"{server.url}/v1/images/results/made-up")
+    httpx.get(f"{server.url}/made-up")
+    grown = {name: value - before.get(name, 0) for name, value in figures().items() if value != before.get(name, 0)}
+    assert grown[reply(route, 200)] == 2
+    assert grown[reply(route, 400)] == 1
+    assert grown[reply("/v1/images/results/{name}", 404)] == 1
+    assert not any("made-up" in name for name in grown)
+    assert grown["hartist_request_seconds_count"] == 2
+    assert grown["hartist_first_preview_seconds_count"] == 1
+    assert 0 < grown["hartist_first_preview_seconds_sum"] < grown["hartist_request_seconds_sum"]
+
+
 def test_a_missing_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     broken = write_tiny_text_model(tmp_path / "model")
     weights = broken / "transformer" / "model.safetensors"

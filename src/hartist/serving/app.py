@@ -16,7 +16,7 @@ from hartist import __version__
 from hartist.serving.access import Access, AccessRules, Rates
 from hartist.serving.errors import ApiError, body_of, install_handlers
 from hartist.serving.images import ImageService, size_of
-from hartist.serving.metrics import Metrics
+from hartist.serving.metrics import Counted, Metrics
 from hartist.serving.prompt_filter import AllowAll, PromptFilter
 from hartist.serving.results import Results
 from hartist.serving.scheduler import Backend, Limits, Scheduler
@@ -60,7 +60,9 @@ class Server:
             self.failure = error
             self.on_failure()
             return
-        self.service = ImageService(self.scheduler, info, self.results, self.prompt_filter, self.options.max_prompt)
+        self.service = ImageService(
+            self.scheduler, info, self.results, self.prompt_filter, self.metrics, self.options.max_prompt
+        )
 
     def ready_service(self) -> ImageService:
         """The service, once it can do something. Raises ApiError 503 before and after that."""
@@ -102,6 +104,7 @@ def create_app(
     if mount is not None:
         app = mount(app, server)
     app.add_middleware(Access, rules=options.access)
+    app.add_middleware(Counted, metrics=server.metrics)
     return app
 
 
@@ -112,7 +115,6 @@ def routes(server: Server) -> APIRouter:
     @router.post("/v1/images/generations", response_model=ImageReply, response_model_exclude_none=True)
     async def generate(body: ImageRequest, request: Request) -> Any:
         """Make pictures. With `stream` the reply is `text/event-stream`."""
-        started = time.monotonic()
         service = server.ready_service()
         server.rates.take(request.scope.get("hartist_client", "local"), body.n)  # a prompt filter may cost time
         tasks = await service.tasks(body)
@@ -125,11 +127,9 @@ def routes(server: Server) -> APIRouter:
             return str(request.url_for("result", name=name))
 
         try:
-            reply = await unless_disconnected(request, service.whole(body, ticket, address))
+            return await unless_disconnected(request, service.whole(body, ticket, address))
         finally:
             server.scheduler.cancel(ticket)
-        server.metrics.latency.observe(time.monotonic() - started)
-        return reply
 
     @router.get("/v1/images/results/{name}", response_class=Response)
     async def result(name: str) -> Response:

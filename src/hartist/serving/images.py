@@ -14,6 +14,8 @@ from typing import Any, Literal
 from hartist.generation.pipeline import check_prompt, check_text, override
 from hartist.generation.png import convert_png
 from hartist.serving.errors import ApiError, as_api_error, body_of
+from hartist.serving.metrics import Metrics
+from hartist.serving.pauses import with_pauses
 from hartist.serving.prompt_filter import PromptFilter
 from hartist.serving.results import Results
 from hartist.serving.scheduler import Scheduler, Ticket
@@ -34,6 +36,7 @@ class ImageService:
     info: ModelInfo
     results: Results
     prompt_filter: PromptFilter
+    metrics: Metrics
     max_prompt: int = 4000
     """Characters."""
 
@@ -86,12 +89,14 @@ class ImageService:
 
     async def whole(self, request: ImageRequest, ticket: Ticket, address: Callable[[str], str]) -> ImageReply:
         """All pictures at once. `address` makes a kept picture's name an URL. Raises ApiError if one failed."""
+        started = time.monotonic()
         finished: dict[str, Finished] = {}
         async for event in ticket.events():
             if isinstance(event, Failed):
                 raise failure(event)
             if isinstance(event, Finished):
                 finished[event.task_id] = event
+        self.metrics.latency.observe(time.monotonic() - started)
         kind: Kind = request.output_format or "png"
         data = []
         for task in ticket.tasks:
@@ -107,11 +112,12 @@ class ImageService:
 
     async def stream(self, request: ImageRequest, ticket: Ticket) -> AsyncIterator[bytes]:
         """Server-sent events: previews as they come, then the pictures; a comment now and then while waiting."""
+        started, left = time.monotonic(), len(ticket.tasks)
         index = {task.id: i for i, task in enumerate(ticket.tasks)}
         previews = dict.fromkeys(index, 0)
         kind: Kind = request.output_format or "png"
         try:
-            async for event in _with_pauses(ticket):
+            async for event in with_pauses(ticket.events(), KEEP_ALIVE_SECONDS):
                 if event is None:
                     yield b": waiting\n\n"
                     continue
@@ -129,6 +135,8 @@ class ImageService:
                     "seed": ticket.tasks[index[event.task_id]].seed,
                 }
                 if isinstance(event, Preview):
+                    if not any(previews.values()):
+                        self.metrics.first_preview.observe(time.monotonic() - started)
                     values |= {"partial_image_index": previews[event.task_id], "scale": event.k}
                     previews[event.task_id] += 1
                     yield sse("image_generation.partial_image", values)
@@ -136,33 +144,14 @@ class ImageService:
                     usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
                     details = {"text_tokens": 0, "image_tokens": 0}
                     values |= {"blocked": event.blocked, "usage": {**usage, "input_tokens_details": details}}
+                    left -= 1
+                    if not left:
+                        self.metrics.latency.observe(time.monotonic() - started)
                     yield sse("image_generation.completed", values)
         except Exception as error:  # the status line is sent: the error has to be an event
             yield sse("error", body_of(as_api_error(error)))
         finally:
             self.scheduler.cancel(ticket)
-
-
-async def _with_pauses(ticket: Ticket) -> AsyncIterator[Preview | Finished | Failed | None]:
-    """A ticket's events, and None whenever none came for some seconds."""
-    events = ticket.events()
-    pending: asyncio.Task[Any] | None = None
-    try:
-        while True:
-            pending = pending or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({pending}, timeout=KEEP_ALIVE_SECONDS)
-            if not done:
-                yield None
-                continue
-            try:
-                event = pending.result()
-            except StopAsyncIteration:
-                return
-            pending = None
-            yield event
-    finally:
-        if pending is not None:
-            pending.cancel()
 
 
 def preview_scales(request: ImageRequest, num_scales: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hartist.serving.scheduler import Scheduler
 
@@ -47,6 +48,23 @@ class Metrics:
     def text(self) -> bytes:
         """In the exposition format."""
         return generate_latest(self.registry)
+
+
+class Counted:
+    """ASGI middleware around all else: counts replies, by the route that a request took, if any, and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # The pattern, not the path: what clients make up must not become a label.
+                route = getattr(scope.get("route"), "path", "other")
+                self.metrics.requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        await self.app(scope, receive, counted if scope["type"] == "http" else send)
 
 
 class _SchedulerCounters(Collector):

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from hartist.serving.app import Server
-from hartist.serving.page.assets import read_asset
+from hartist.serving.page.assets import read_asset, read_script
 from hartist.serving.page.messages import alert, readable
 from hartist.serving.page.requests import from_form, from_query
 from hartist.serving.page.runs import Runs, Stopped, Visitor
@@ -43,7 +43,10 @@ class GenerateTab:
                 self._form()
             with gr.Column(scale=3, min_width=300, elem_id="pictures"):
                 self.stage = gr.HTML(
-                    None, html_template=read_asset("pictures.html"), js_on_load=read_asset("pictures.js"), padding=False
+                    None,
+                    html_template=read_asset("pictures.html"),
+                    js_on_load=read_script("pictures.js"),
+                    padding=False,
                 )
         gr.on(
             [self.go.click, self.prompt.submit],

@@ -10,13 +10,6 @@ const tiles = new Map(); // those on the stage, by the picture's id
 const finished = new Map(); // address of the bytes as they were served, by the picture's id
 let number = 0;
 
-function make(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
 // The new image fades in over the old one once it can be painted, so nothing flickers.
 async function show(frame, source, alt) {
   if (frame.dataset.source === source) return;

@@ -5,13 +5,6 @@ const note = element.querySelector(".note");
 const paths = element.querySelector(".paths");
 let number = 0;
 
-function make(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
 function send(file) {
   if (!file) return;
   paths.replaceChildren();

@@ -14,7 +14,7 @@ import gradio as gr
 from hartist.errors import UserError
 from hartist.serving.app import Server
 from hartist.serving.images import failure
-from hartist.serving.page.assets import read_asset
+from hartist.serving.page.assets import read_asset, read_script
 from hartist.serving.page.messages import alert, readable
 from hartist.serving.page.runs import Runs, Stopped, Visitor
 from hartist.serving.page.stage import message
@@ -30,7 +30,7 @@ class ReconstructTab:
 
     def __init__(self, server: Server) -> None:
         self.server, self.runs = server, Runs(server.scheduler)
-        script = read_asset("reconstruct.js").replace("MAX_BYTES", str(MAX_BYTES))
+        script = read_script("reconstruct.js").replace("MAX_BYTES", str(MAX_BYTES))
         self.area = gr.HTML(
             None, html_template=read_asset("reconstruct.html"), js_on_load=script, padding=False, elem_id="reconstruct"
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import gradio as gr
 
+from hartist.serving.pauses import with_pauses
 from hartist.serving.scheduler import Scheduler
 from hartist.serving.tasks import Event, Task
 
@@ -58,26 +60,14 @@ class Runs:
         self.stop(visitor)
         stop = self._stops[visitor] = asyncio.Event()
         stopped = asyncio.ensure_future(stop.wait())
-        events, pending = ticket.events(), None
         try:
-            while True:
-                pending = pending or asyncio.ensure_future(anext(events))
-                await asyncio.wait({pending, stopped}, timeout=TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                if stopped.done():
-                    raise Stopped(self._stops.get(visitor) is not stop)
-                if not pending.done():
-                    yield None
-                    continue
-                try:
-                    event = pending.result()
-                except StopAsyncIteration:
-                    return
-                pending = None
-                yield event
+            async with aclosing(with_pauses(ticket.events(), TICK_SECONDS, stopped)) as events:
+                async for event in events:
+                    if stopped.done():
+                        raise Stopped(self._stops.get(visitor) is not stop)
+                    yield event
         finally:
-            for future in (stopped, pending):
-                if future is not None:
-                    future.cancel()
+            stopped.cancel()
             self.scheduler.cancel(ticket)
             if self._stops.get(visitor) is stop:
                 del self._stops[visitor]
