@@ -1,30 +1,40 @@
-"""`hartist serve` under load: python benchmarks/serving_load.py [--clients 1,4,16,64] [--seconds 60] [--soak 600]
+"""`hartist serve` under load: python benchmarks/serving_load.py [--seconds 60] [--identical 200] [--soak 600]
 
-Closed loops of clients (locust) against the bundled model on this machine, each number of clients for so long, with
-batching and, at the largest number, without (`--max-batch 1`); then a stream alone, for the time to its first preview;
-then, with --soak, 16 clients for so many seconds, with the server's resident memory sampled. Prints Markdown.
+Needs `pip install locust`. Closed loops of clients against the bundled model on this machine, each number of clients
+for so long, with batching and, at the largest number, without (`--max-batch 1`); a stream alone, for the time to its
+first preview; with --identical, so many pictures asked for one by one and again beside 16 other clients, compared
+pixel by pixel; with --soak, 16 clients for so many seconds, with the server's resident memory sampled. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
+import io
+import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from tables import describe, markdown
 
 from hartist.evaluation.bench import machine
 from hartist.files import write_json
 
 HERE = Path(__file__).resolve().parent
+PROMPTS = ("red apple, 3d", "sleeping face, flat", "sunflower, noto", "pizza, 3d", "snowman, flat", "frog, noto")
 PORT = 8765
 URL = f"http://127.0.0.1:{PORT}"
 
@@ -54,27 +64,38 @@ class Server:
         )
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    def stop(self) -> None:
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(120)
 
 
-def load(folder: Path, clients: int, seconds: float, *, stream: bool = False) -> dict[str, dict[str, Any]]:
-    """Run locust; its statistics by request name."""
+def start_load(folder: Path, clients: int, seconds: float) -> tuple[subprocess.Popen, Path]:
+    """Start locust; it writes its statistics there."""
     prefix = folder / f"load-{clients}-{time.time_ns()}"
     command = [sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"), "--headless", "--host", URL]
     command += ["-u", str(clients), "-r", str(clients), "-t", f"{seconds:.0f}s", "--csv", str(prefix), "--only-summary"]
-    environment = {**os.environ, "HARTIST_LOAD_STREAM": "1" if stream else "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    path = prefix.with_name(prefix.name + "_stats.csv")
+    with (folder / "locust.txt").open("w") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=sink)
+    return process, prefix.with_name(prefix.name + "_stats.csv")
+
+
+def load(folder: Path, clients: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """Run locust; its statistics by request name."""
+    process, path = start_load(folder, clients, seconds)
+    process.wait()
     if not path.exists():
-        raise SystemExit(done.stdout + done.stderr)
+        raise SystemExit((folder / "locust.txt").read_text())
     with path.open(newline="") as file:
         return {row["Name"]: row for row in csv.DictReader(file)}
 
 
 def row_of(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Throughput and quantiles of plain requests."""
+    if "picture" not in found:
+        raise SystemExit("not one picture was finished; give more --seconds (a soak is ten parts)")
     picture = found["picture"]
     refused = int(found["refused"]["Request Count"]) if "refused" in found else 0
     return {
@@ -91,27 +112,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", default="1,4,16,64")
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--identical", type=int, default=0, metavar="N", help="pictures to compare")
     parser.add_argument("--soak", type=float, default=0, help="seconds")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     counts = [int(part) for part in args.clients.split(",")]
-    results: dict[str, Any] = {"machine": machine(), "load": []}
+    results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "load": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for arguments, numbers in (((), counts), (("--max-batch", "1"), counts[-1:])):
-            server = Server(folder, *arguments)
-            load(folder, 2, 5)  # warm
-            for clients in numbers:
-                row = {"batching": "no" if arguments else "yes", "clients": clients}
-                results["load"].append(row | row_of(load(folder, clients, args.seconds)))
-                print(results["load"][-1], file=sys.stderr)
-            if not arguments:
-                found = load(folder, 1, args.seconds, stream=True)
-                first, whole = (float(found[key]["50%"]) / 1000 for key in ("first preview", "whole"))
-                results["stream"] = {"first preview s": first, "whole s": whole, "share": first / whole}
-                if args.soak:
-                    results["soak"] = soak(server, folder, args.soak)
-            server.stop()
+            with Server(folder, *arguments) as server:
+                load(folder, 2, 5)  # warm
+                for clients in numbers:
+                    row = {"batching": "no" if arguments else "yes", "clients": clients}
+                    results["load"].append(row | row_of(load(folder, clients, args.seconds)))
+                    print(results["load"][-1], file=sys.stderr)
+                if not arguments:
+                    results["stream"] = streams(args.seconds)
+                    if args.identical:
+                        results["identical"] = identical(folder, args.identical)
+                    if args.soak:
+                        results["soak"] = soak(server, folder, args.soak)
     rows = results["load"]
     results["batching"] = rows[len(counts) - 1]["images/s"] / rows[-1]["images/s"]
     if args.json:
@@ -127,8 +148,59 @@ def main() -> None:
     )
     print(f"\nbatching: {results['batching']:.2f} times the images a second without, at {counts[-1]} clients")
     print(f"stream: first preview after {results['stream']['share']:.0%} of the time to the picture")
+    if "identical" in results:
+        print(f"alone and under load: {results['identical']}")
     if "soak" in results:
         print(f"soak: {results['soak']}")
+
+
+def ask(number: int, **more: Any) -> Any:
+    """The reply to a request for one picture."""
+    body = json.dumps({"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, **more}).encode()
+    request = urllib.request.Request(f"{URL}/v1/images/generations", body, {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=600)
+
+
+def picture(number: int) -> np.ndarray:
+    """One picture of the served model, as pixels."""
+    with ask(number) as reply:
+        data = base64.b64decode(json.load(reply)["data"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
+
+
+def streams(seconds: float) -> dict[str, Any]:
+    """One client after another asks for a stream with all previews: medians."""
+    found: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or not found:
+        started, first, last = time.perf_counter(), 0.0, b""
+        with ask(len(found), stream=True) as reply:
+            for line in reply:
+                if line.startswith(b"event:"):
+                    last = line
+                    first = first or time.perf_counter() - started
+        if b"completed" not in last:
+            raise SystemExit(f"a stream ended with {last.decode() or 'nothing'}")
+        found.append((first, time.perf_counter() - started))
+    first, whole = (statistics.median(values) for values in zip(*found, strict=True))
+    share = statistics.median(a / b for a, b in found)
+    return {"streams": len(found), "first preview s": first, "whole s": whole, "share": share}
+
+
+def identical(folder: Path, count: int) -> dict[str, Any]:
+    """The same pictures one by one on an idle server, and eight at a time beside 16 other clients."""
+    alone = [picture(number) for number in range(count)]
+    others, _ = start_load(folder, 16, 3600)
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(picture, range(count)))
+    others.send_signal(signal.SIGTERM)
+    others.wait()
+    levels = [int(abs(a - b).max()) for a, b in zip(alone, loaded, strict=True)]
+    return {
+        "pictures": count,
+        "equal in every pixel": levels.count(0),
+        "largest difference, levels of 255": max(levels),
+    }
 
 
 def soak(server: Server, folder: Path, seconds: float) -> dict[str, Any]:
