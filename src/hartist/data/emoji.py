@@ -12,10 +12,12 @@ and a woman of the same profession, a skin tone, a mirrored pose) share a *famil
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +46,6 @@ from hartist.data.sources import (
     FLUENT_3D,
     FLUENT_FLAT,
     NOTO,
-    Package,
     notice,
     obtain,
     unpack,
@@ -56,6 +57,8 @@ from hartist.pixels import png_bytes
 FORMAT = "hartist-emoji"
 FORMAT_VERSION = 2
 HELD_OUT = 0.05
+MANY = 500
+"""Pictures that are worth starting processes for."""
 TRAIN, UNSEEN_CONCEPT, UNSEEN_PAIR = "train", "unseen_concept", "unseen_pair"
 SPLIT_RULE = (
     "h(x) = first 8 bytes of sha256(x) as a big-endian integer / 2^64. "
@@ -179,14 +182,14 @@ def one_tone(found: list[Concept], style: str) -> list[Concept]:
     return [concept for concept in found if not concept.skin_tone or concept.id in chosen]
 
 
-def _items(packages: Mapping[Package, Path], *, skin_tones: SkinTones, flags: bool, coloured: int) -> list[_Item]:
+def _items(packages: Mapping[str, Path], *, skin_tones: SkinTones, flags: bool, coloured: int) -> list[_Item]:
     art = {
-        "3d": raster_art(packages[FLUENT_3D]),
-        "flat": icon_art(packages[FLUENT_FLAT]),
-        "noto": icon_art(packages[NOTO]),
+        "3d": raster_art(packages[FLUENT_3D.name]),
+        "flat": icon_art(packages[FLUENT_FLAT.name]),
+        "noto": icon_art(packages[NOTO.name]),
     }
-    entries = read_json(packages[EMOJIBASE] / "en" / "data.json")
-    groups = read_json(packages[EMOJIBASE] / "meta" / "groups.json")
+    entries = read_json(packages[EMOJIBASE.name] / "en" / "data.json")
+    groups = read_json(packages[EMOJIBASE.name] / "meta" / "groups.json")
     found = list(read_concepts(entries, groups, skin_tones=skin_tones != "none", flags=flags))
     wanted = {}
     for style in STYLES:
@@ -203,6 +206,33 @@ def _items(packages: Mapping[Package, Path], *, skin_tones: SkinTones, flags: bo
             for background in backgrounds(concept.id, style, coloured)
         ]
     return items
+
+
+def _draw_all(items: list[_Item], again: Callable[[], list[_Item]], folder: Path, size: int) -> Iterator[None]:
+    """Draw into folder/SPLIT, yielding after each; `again` makes the same list in another process.
+
+    Few pictures are drawn here. The renderer holds the interpreter's lock, so many go to a process for each core.
+    """
+    if len(items) < MANY:
+        for item in items:
+            _render(item, folder, size)
+            yield
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, _be_drawer, (again, folder, size)) as pool:
+        yield from pool.map(_draw, range(len(items)), chunksize=32)
+
+
+_draws: list[Callable[[], None]] = []
+"""In a process of `_draw_all`: what draws each item."""
+
+
+def _be_drawer(again: Callable[[], list[_Item]], folder: Path, size: int) -> None:
+    _draws.extend(partial(_render, item, folder, size) for item in again())
+
+
+def _draw(number: int) -> None:
+    _draws[number]()
 
 
 def _render(item: _Item, folder: Path, size: int) -> None:
@@ -258,7 +288,6 @@ def build_emoji(
     skin_tones: SkinTones = "one",
     flags: bool = False,
     coloured: int = 1,
-    workers: int = 2,
 ) -> EmojiSummary:
     """Build the dataset at `out`, replacing an earlier one; `size` is the side of the images in pixels.
 
@@ -275,8 +304,9 @@ def build_emoji(
     _check_target(out)
     tarballs = {package: obtain(package, source) for package in EMOJI_PACKAGES}
     with tempfile.TemporaryDirectory(prefix="hartist-emoji-") as scratch:
-        packages = {p: unpack(p, tarball, Path(scratch) / p.tarball) for p, tarball in tarballs.items()}
-        items = _items(packages, skin_tones=skin_tones, flags=flags, coloured=coloured)
+        packages = {p.name: unpack(p, tarball, Path(scratch) / p.tarball) for p, tarball in tarballs.items()}
+        again = partial(_items, packages, skin_tones=skin_tones, flags=flags, coloured=coloured)
+        items = again()
         counts = Counter((item.style, item.kind) for item in items)
         summary = EmojiSummary(
             out=out,
@@ -287,11 +317,9 @@ def build_emoji(
         with atomic_directory(out) as folder:
             for split in ("train", "validation"):
                 (folder / split).mkdir()
-            # Threads: decoding, resizing and encoding all release the interpreter lock.
-            with ThreadPoolExecutor(max_workers=workers) as pool:
-                done = pool.map(partial(_render, folder=folder, size=size), items)
-                for _ in tqdm(done, total=len(items), desc="emoji", unit="img", disable=not progress):
-                    pass
+            drawn = _draw_all(items, again, folder, size)
+            for _ in tqdm(drawn, total=len(items), desc="emoji", unit="img", disable=not progress):
+                pass
             for split in ("train", "validation"):
                 rows = [json.dumps(item.row(), ensure_ascii=False) for item in items if item.split == split]
                 write_text(folder / split / "metadata.jsonl", "".join(f"{row}\n" for row in rows))
@@ -299,5 +327,5 @@ def build_emoji(
                 folder / "dataset.json",
                 _description(items, summary, {"skin_tones": skin_tones, "flags": flags, "coloured": coloured}),
             )
-            write_text(folder / "NOTICE", "\n".join(notice(p, packages[p]) for p in EMOJI_PACKAGES))
+            write_text(folder / "NOTICE", "\n".join(notice(p, packages[p.name]) for p in EMOJI_PACKAGES))
     return summary
