@@ -15,7 +15,7 @@ from hartist.cli import main
 from hartist.errors import UserError
 from hartist.scales import ScaleSchedule
 from hartist.tokenizer.hybrid import HybridTokenizer
-from hartist.training.config import GeneratorLossConfig, Phase
+from hartist.training.config import GeneratorLossConfig, OptimizerConfig, Phase
 from hartist.training.cost import forward_flops, peak_flops
 from hartist.training.dry_run import describe_generator, describe_tokenizer, saved_bytes
 from hartist.training.generator_cost import mean_kept
@@ -204,6 +204,9 @@ def test_memory_grows_with_what_is_computed_at_once_and_shrinks_where_it_is_shar
     assert whole[1] == parts[1] > 0.1
     assert whole[2] == pytest.approx(4 * parts[2], rel=0.1)
     assert memory(bf16=True)[2] == pytest.approx(whole[2] / 2, rel=0.1)
+    adamw = memory(optimizer=OptimizerConfig(kind="adamw"))  # the recipe's Muon has one moment less of matrices
+    assert whole[1] == pytest.approx(adamw[1] * 4 / 5, rel=0.1)
+    assert whole[1] > adamw[1] * 4 / 5
     assert memory(activation_checkpointing=True)[2] < 0.5 * whole[2]
     assert memory(ranks=4, micro_batch=64)[1] == whole[1]
     assert memory("fsdp", ranks=4, micro_batch=64)[1] == pytest.approx(whole[1] / 4, abs=0.01)

@@ -17,6 +17,7 @@ from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.config import GeneratorLossConfig, Phase, RunConfig
 from hartist.training.cost import peak_flops
 from hartist.training.generator_cost import empty_pass, mean_kept, step_flops
+from hartist.training.muon import hidden_matrices
 from hartist.training.parallel import Strategy, World
 from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe
 from hartist.training.tokenizer_stage import image_flops
@@ -35,8 +36,6 @@ class Work:
     """Per image."""
 
 
-STATE_BYTES = 20
-"""A trained parameter's: weight, gradient, two moments and the average, float32 each."""
 REFERENCE = "8×H100", 8 * 989e12
 REFERENCE_MFU = 0.35
 """Assumed, not measured: a usual utilisation of such machines by transformers of this size."""
@@ -56,9 +55,9 @@ def describe_tokenizer(recipe: TokenizerRecipe, world: World) -> str:
     lines.append(f"tokens per image: {config.schedule.num_tokens:,} on {len(config.schedule)} scales")
     micro = recipe.run.micro_batch or max(1, recipe.run.batch_size // world.size)
     activations = saved_bytes(network, lambda: forward(network, micro), recipe.run.bf16)
-    lines += _memory(network, activations, world, "ddp")
+    lines += _memory(network, activations, recipe.run, world, "ddp")
     lines += _time(recipe.run, world, [Work(recipe.run.steps, recipe.run.batch_size, flops)])
-    if _fits_here(network, activations, world):
+    if _fits_here(network, activations, recipe.run, world):
         count = recipe.run.batch_size // micro // world.size
         seconds = measured_seconds(lambda: HybridTokenizer(config), lambda net: forward(net, micro), recipe.run, world)
         lines.append(_measured(seconds * count, recipe.run.steps))
@@ -90,9 +89,9 @@ def describe_generator(recipe: GeneratorRecipe, world: World, strategy: Strategy
         micro = recipe.run.micro_batch or max(1, batch // world.size)
         forward = functools.partial(_logits, schedule=schedule, losses=losses, images=micro, scales=scales)
         most = max(most, saved_bytes(network, functools.partial(forward, network), recipe.run.bf16))
-    lines += _memory(network, most, world, strategy)
+    lines += _memory(network, most, recipe.run, world, strategy)
     lines += _time(recipe.run, world, work)
-    if _fits_here(network, most, world):
+    if _fits_here(network, most, recipe.run, world):
         count = batch // micro // world.size
         seconds = measured_seconds(build, forward, recipe.run, world)
         lines.append(_measured(seconds * count, work[-1].steps))
@@ -140,18 +139,25 @@ def _millions(network: nn.Module) -> str:
     return f"{sum(p.numel() for p in network.parameters()) / 1e6:,.1f}"
 
 
-def _memory(network: nn.Module, activations: float, world: World, strategy: Strategy) -> list[str]:
-    parameters = sum(p.numel() for p in network.parameters())
-    state = parameters * STATE_BYTES / (world.size if strategy == "fsdp" else 1)
+def _state_bytes(network: nn.Module, run: RunConfig) -> int:
+    """Weight, gradient, moments and average of every parameter, float32 each."""
+    numbers = 5 * sum(p.numel() for p in network.parameters())
+    if run.optimizer.kind == "muon":  # one moment where AdamW has two
+        numbers -= sum(p.numel() for p in hidden_matrices(network))
+    return 4 * numbers
+
+
+def _memory(network: nn.Module, activations: float, run: RunConfig, world: World, strategy: Strategy) -> list[str]:
+    state = _state_bytes(network, run) / (world.size if strategy == "fsdp" else 1)
     return [
         f"memory per rank: {(state + activations) / 2**30:.2f} GiB, of it {state / 2**30:.2f} for weights, gradients, "
         f"moments and average, about {activations / 2**30:.2f} for activations"
     ]
 
 
-def _fits_here(network: nn.Module, activations: float, world: World) -> bool:
+def _fits_here(network: nn.Module, activations: float, run: RunConfig, world: World) -> bool:
     """Whether a step can be tried: at most a third of a GPU's memory, or 4 GiB on a CPU."""
-    needed = sum(p.numel() for p in network.parameters()) * STATE_BYTES + activations
+    needed = _state_bytes(network, run) + activations
     if world.device.type == "cuda":
         return needed < torch.cuda.get_device_properties(world.device).total_memory / 3
     return world.device.type == "cpu" and needed < 4 * 2**30
