@@ -129,6 +129,7 @@ def _check(args: argparse.Namespace) -> None:
     for name, least, most in (
         ("port", 0, 65535),
         ("workers", 1, 256),
+        ("threads", 1, 4096),
         ("max_batch", 1, 1024),
         ("max_queue", 1, 10**6),
         ("images_per_minute", 0, 10**9),

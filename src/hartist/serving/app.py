@@ -51,6 +51,7 @@ class Server:
         self.failure: Exception | None = None
         """Why the model could not be loaded."""
         self.on_failure: Callable[[], None] = lambda: None
+        self.on_ready: Callable[[], None] = lambda: None
 
     async def load(self) -> None:
         """Start the workers; until then the server says it isn't ready."""
@@ -63,6 +64,7 @@ class Server:
         self.service = ImageService(
             self.scheduler, info, self.results, self.prompt_filter, self.metrics, self.options.max_prompt
         )
+        self.on_ready()
 
     def ready_service(self) -> ImageService:
         """The service, once it can do something. Raises ApiError 503 before and after that."""

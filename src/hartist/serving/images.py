@@ -103,11 +103,12 @@ class ImageService:
             event = finished[task.id]
             encoded = await encode(event.png, kind, request.output_compression)
             if request.response_format == "url":
-                url = address(self.results.add(encoded, MEDIA[kind]))
-                data.append(ImageData(url=url, seed=task.seed, blocked=event.blocked))
+                place = {"url": address(self.results.add(encoded, MEDIA[kind]))}
             else:
-                text = base64.b64encode(encoded).decode()
-                data.append(ImageData(b64_json=text, seed=task.seed, blocked=event.blocked))
+                place = {"b64_json": base64.b64encode(encoded).decode()}
+            data.append(
+                ImageData(**place, seed=task.seed, blocked=event.blocked, truncated_tokens=event.truncated_tokens)
+            )
         return ImageReply(created=int(time.time()), data=data, output_format=kind, size=size_of(self.info))
 
     async def stream(self, request: ImageRequest, ticket: Ticket) -> AsyncIterator[bytes]:
@@ -143,7 +144,8 @@ class ImageService:
                 else:
                     usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
                     details = {"text_tokens": 0, "image_tokens": 0}
-                    values |= {"blocked": event.blocked, "usage": {**usage, "input_tokens_details": details}}
+                    values |= {"blocked": event.blocked, "truncated_tokens": event.truncated_tokens}
+                    values |= {"usage": {**usage, "input_tokens_details": details}}
                     left -= 1
                     if not left:
                         self.metrics.latency.observe(time.monotonic() - started)

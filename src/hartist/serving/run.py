@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 
 import uvicorn
@@ -47,19 +49,41 @@ def serve(app: FastAPI, listener: socket.socket, *, head_seconds: float = 15.0) 
         h11_max_incomplete_event_size=64 << 10,
         backlog=1024,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
+    own = app.state.server
 
     def fail() -> None:
         server.should_exit = True
 
-    app.state.server.on_failure = fail
+    def ready() -> None:
+        host, port = listener.getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        print(f"serving {own.service.info.name} on http://{address} (Ctrl-C stops)", file=sys.stderr, flush=True)
+
+    own.on_failure, own.on_ready = fail, ready
     with contextlib.closing(listener), _signals_absorbed():
         server.run(sockets=[listener])
-    failure = app.state.server.failure
+    failure = own.failure
     if isinstance(failure, UserError):
         raise failure
     if failure is not None:
         raise UserError(f"the model could not be loaded ({type(failure).__name__}: {failure})") from failure
+
+
+class _Server(uvicorn.Server):
+    """uvicorn waits for replies first and tells the application afterwards that it is over: here, both at once."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        own = self.config.app.state.server  # type: ignore[union-attr]
+        if own.service is None:  # still loading: there is nothing to finish
+            await super().shutdown(sockets)
+            return
+        draining = asyncio.create_task(own.scheduler.drain(own.options.drain_seconds))
+        await super().shutdown(sockets)
+        if self.force_exit:  # a second signal
+            draining.cancel()
+        else:
+            await draining
 
 
 @contextlib.contextmanager

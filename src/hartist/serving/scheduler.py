@@ -51,7 +51,7 @@ class QueueFull(Exception):
 
 
 class Draining(Exception):
-    """The server takes no more requests."""
+    """The server takes no more requests, and has no time or no worker left for those that it has accepted."""
 
 
 class DeadlineExceeded(Exception):
@@ -81,7 +81,7 @@ class Ticket(Generic[T]):
     _events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Events of all its tasks until each is finished or failed. Raises DeadlineExceeded."""
+        """Events of all its tasks until each is finished or failed. Raises DeadlineExceeded or Draining."""
         left = {task.id for task in self.tasks}
         while left:
             event = await self._events.get()
@@ -123,6 +123,7 @@ class Scheduler:
         self._running: dict[str, Backend] = {}
         self._work, self._idle = asyncio.Event(), asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
+        self._drain: asyncio.Task[None] | None = None
         self._seconds_per_image = 1.0
 
     # ----------------------------------------------------------------- life
@@ -139,16 +140,22 @@ class Scheduler:
         return infos[0]  # type: ignore[return-value]
 
     async def drain(self, patience: float) -> None:
-        """Take no more requests; finish those accepted, for at most `patience` seconds; then stop the backends."""
+        """Take no more requests; finish those accepted, for at most `patience` seconds; then stop the backends.
+
+        Who asks for it again waits for the same end.
+        """
+        if self._drain is None:
+            self._drain = asyncio.create_task(self._drain_once(patience))
+        await asyncio.shield(self._drain)
+
+    async def _drain_once(self, patience: float) -> None:
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 while self._owners:
                     self._idle.clear()
                     await self._idle.wait()
-        for ticket in {id(t): t for t in self._owners.values()}.values():
-            for task_id in list(ticket.unfinished):
-                self._deliver(Failed(task_id, DRAINING))
+        self._end_all(Draining(DRAINING))
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
@@ -166,9 +173,11 @@ class Scheduler:
         return len(self._running)
 
     def submit(self, tasks: Sequence[T]) -> Ticket[T]:
-        """Accept a request. Raises QueueFull or Draining."""
+        """Accept a request. Raises QueueFull or Draining, and UserError if it could never be accepted."""
         if self.draining or self.fatal:
             raise Draining(self.fatal or DRAINING)
+        if len(tasks) > self.limits.max_queue:
+            raise UserError(f"this server takes at most {self.limits.max_queue} pictures at once; ask for fewer")
         ahead = self.waiting
         if ahead + len(tasks) > self.limits.max_queue:
             raise QueueFull(max(1, round(ahead * self._seconds_per_image / max(1, self.ready))))
@@ -199,8 +208,16 @@ class Scheduler:
 
     def _expire(self, ticket: Ticket) -> None:
         if ticket.unfinished:
-            self.cancel(ticket)
-            ticket._events.put_nowait(DeadlineExceeded(f"not finished within {self.limits.deadline_seconds:g} s"))
+            self._end(ticket, DeadlineExceeded(f"not finished within {self.limits.deadline_seconds:g} s"))
+
+    def _end(self, ticket: Ticket, error: Exception) -> None:
+        """Whoever waits for its events gets this error."""
+        self.cancel(ticket)
+        ticket._events.put_nowait(error)
+
+    def _end_all(self, error: Exception) -> None:
+        for ticket in {id(ticket): ticket for ticket in self._owners.values()}.values():
+            self._end(ticket, error)
 
     # ----------------------------------------------------------------- backends
 
@@ -239,7 +256,7 @@ class Scheduler:
             except UserError as error:  # the model's files are gone or damaged: no use in going on
                 log.error("a worker cannot be started again: %s", error)
                 if self.ready == 0:
-                    self._give_up(str(error))
+                    self._give_up()
                 raise
             except WorkerLost as error:
                 log.error("%s; another try in %.1f s", error, pause)
@@ -249,11 +266,11 @@ class Scheduler:
                 self.ready += 1
                 return
 
-    def _give_up(self, reason: str) -> None:
-        self.fatal = f"no worker is left ({reason})"
-        for task_id in list(self._owners):
-            self._deliver(Failed(task_id, self.fatal))
-        self._tickets.clear()
+    def _give_up(self) -> None:
+        self.fatal = (
+            "no worker is left; the server's log says why"  # and where its files are, which clients need not know
+        )
+        self._end_all(Draining(self.fatal))
 
     def _next_batch(self, backend: Backend) -> list[Task]:
         """One image of every request in turn, of the shape whose turn it is; requests served go to the back.

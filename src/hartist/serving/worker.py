@@ -7,11 +7,13 @@ outlives its server.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import multiprocessing
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -118,6 +120,16 @@ def _work(pipe: Connection, pipeline: Any, blocks: Any, tasks: list[Task]) -> No
 
 # ---------------------------------------------------------------------- the server's side
 
+_processes: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _kill_all() -> None:
+    """A server that ends in a hurry must not wait for workers, which heed no signal."""
+    for process in list(_processes):
+        with contextlib.suppress(ValueError):  # closed
+            process.kill()
+
 
 @dataclass
 class WorkerProcess:
@@ -149,6 +161,7 @@ class WorkerProcess:
         self._messages = asyncio.Queue()
         self._process = context.Process(target=_main, args=(theirs, self.options), name="hartist-worker", daemon=True)
         self._process.start()
+        _processes.add(self._process)
         theirs.close()
         self._pipe = ours
         reader = threading.Thread(
@@ -173,7 +186,8 @@ class WorkerProcess:
             raise WorkerLost("the worker's pipe is closed") from error
         while True:
             try:
-                message = await asyncio.wait_for(self._messages.get(), self.stall_seconds)
+                async with asyncio.timeout(self.stall_seconds):  # wait_for may lose a cancellation
+                    message = await self._messages.get()
             except TimeoutError:
                 self.kill()
                 raise WorkerLost(f"the worker finished no scale for {self.stall_seconds:.0f} s") from None
