@@ -1,4 +1,4 @@
-"""How a server ends: with everything done, with what it had no time for told so, or at once."""
+"""How a server begins and ends: where it is, with everything done, with what it had no time for told so, or at once."""
 
 from __future__ import annotations
 
@@ -37,10 +37,14 @@ def wait_for_work(server: Server) -> None:
         time.sleep(0.02)
 
 
-def test_it_says_where_it_serves(model: Path, tmp_path: Path) -> None:
+def test_it_says_where_it_serves_and_logs_no_prompts(model: Path, tmp_path: Path) -> None:
     server = Server(tmp_path / "log.txt", "--model", model, "--no-page")
     server.wait_ready()
-    assert f"on http://127.0.0.1:{server.port} (Ctrl-C stops)" in server.log.read_text()
+    httpx.get(f"{server.url}/?prompt=private", headers={"Host": "elsewhere"})
+    log = server.log.read_text()
+    assert "403" in log
+    assert "private" not in log
+    assert f"on http://127.0.0.1:{server.port} (Ctrl-C stops)" in log
     assert server.stop() == 0
 
 

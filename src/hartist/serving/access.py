@@ -66,7 +66,10 @@ class Access:
             scope["hartist_client"] = self._client(scope, headers)
             limit = self.rules.max_body if scope["path"].startswith("/v1/") else self.rules.max_upload
             self._check_length(headers, limit)
+            if not scope["query_string"].isascii():  # whoever decodes it would stumble
+                raise ApiError(400, "the query has bytes that must be written as %XX", code="invalid_query")
         except ApiError as error:
+            scope["query_string"] = b""  # a page's link holds a prompt, which is not for the log
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
             else:

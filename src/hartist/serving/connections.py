@@ -38,7 +38,7 @@ class GuardedProtocol(H11Protocol):
 
     guard: SilentConnections
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:  # uvloop's is no asyncio.Transport
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
         self._await_request()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_IMAGES = 10
 SEED_LIMIT = 2**63 - 1
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
 class ImageRequest(BaseModel):
@@ -54,6 +55,14 @@ class ImageRequest(BaseModel):
     residual: bool | None = Field(None, strict=True, description="Add residual tokens (the hybrid path).")
     diffusion_steps: int | None = Field(None, ge=1, le=1000, strict=True, description="Of the residual tokens.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, values: Any) -> Any:
+        """An error for each of a hundred thousand unknown fields would take a second, in which nobody is answered."""
+        if isinstance(values, dict) and len(values) > 100:
+            raise PydanticCustomError("too_many_fields", "there are more fields than any request has")
+        return values
+
 
 class ImageData(BaseModel):
     b64_json: str | None = None
@@ -61,6 +70,8 @@ class ImageData(BaseModel):
     seed: int
     blocked: bool = False
     """The image filter has withheld the picture."""
+    truncated_tokens: int = 0
+    """At the end of the prompt, those that did not fit into the model's context."""
 
 
 class ImageReply(BaseModel):
