@@ -60,7 +60,7 @@ def test_two_ranks_make_whole_matrices_orthogonal_as_one_does(runs: Path, strate
 
 def test_two_ranks_that_accumulate_gradients_are_the_run_of_one(runs: Path) -> None:
     """A bias that a norm takes away again has no gradient but rounding, which Adam blows up to a part of its rate."""
-    assert_same_run(runs / "accumulated-ddp", runs / "accumulated-one", tolerance=1e-3)
+    assert_same_run(runs / "accumulated-ddp", runs / "accumulated-one", tolerance=2e-3)
 
 
 def test_where_no_rank_adds_up_several_parts_the_bits_are_those_of_one_process(runs: Path) -> None:

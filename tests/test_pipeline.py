@@ -181,7 +181,7 @@ def test_the_other_branchs_prefix_is_run_once_for_all_images(
         run.append(len(condition))
         return run_prefix(model, condition)
 
-    monkeypatch.setattr("hartist.generation.pipeline.run_prefix", counted)
+    monkeypatch.setattr("hartist.transformer.prefix.run_prefix", counted)
     requests = [Request(prompt, seed) for prompt in PROMPTS[:2] for seed in range(3)]
     make(fresh, requests, batch_size=2)
     make(fresh, requests[:1], guidance=0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from hartist.generation.sampling import SamplingSettings
 from hartist.pixels import to_uint8
 from hartist.text.encoder import CachedTextEncoder, TextContext, unconditional_context
 from hartist.tokenizer.hybrid import HybridTokenizer
-from hartist.transformer.prefix import Prefix, run_prefix
+from hartist.transformer.prefix import Prefix, Prefixes
 
 MAX_PROMPT_CHARACTERS = 20_000
 
@@ -55,9 +54,6 @@ class Generated:
 
 ScaleCallback = Callable[[ScaleResult], None]
 
-KEPT_PREFIXES = 4
-"""Negative prompts (none is one) whose keys and values are kept: 44 MB each at the released size."""
-
 
 class Pipeline:
     """A model ready to generate. `Pipeline.from_pretrained()` loads the bundled one.
@@ -71,7 +67,7 @@ class Pipeline:
         self.tokenizer = fast_layout(model.tokenizer.to(self.device))
         self.transformer = model.transformer.to(self.device)
         self.text_encoder = CachedTextEncoder(model.text_encoder) if model.text_encoder else None
-        self._prefixes: OrderedDict[str, Prefix] = OrderedDict()
+        self._prefixes = Prefixes(self.transformer)
 
     # ----------------------------------------------------------------- loading and saving
 
@@ -169,15 +165,8 @@ class Pipeline:
         """Guidance's other branch as a prefix, from the last few that were run."""
         if not settings.guidance:
             return self.unconditional(condition, negative_prompt)  # which nobody computes
-        key = negative_prompt or ""
-        found = self._prefixes.pop(key, None)
-        if found is None:
-            first = condition[:1] if isinstance(condition, Tensor) else condition.select([0])
-            found = run_prefix(self.transformer, self.unconditional(first, negative_prompt))
-        self._prefixes[key] = found
-        while len(self._prefixes) > KEPT_PREFIXES:
-            self._prefixes.popitem(last=False)
-        return found
+        first = condition[:1] if isinstance(condition, Tensor) else condition.select([0])
+        return self._prefixes.get(negative_prompt or "", lambda: self.unconditional(first, negative_prompt))
 
     @torch.inference_mode()
     def decode(self, f_hat_BChw: Float[Tensor, "b c h w"]) -> list[Image.Image]:

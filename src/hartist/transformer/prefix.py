@@ -5,6 +5,8 @@ The unconditional context (or a negative prompt) is the same for every image, so
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,3 +65,19 @@ def forward_prefix(
     cache.rows(batch, 2 * batch).copy(shared.cache)
     cache.lengths = list(shared.cache.lengths)
     return torch.cat([hidden_BlD, shared.hidden_1lD.expand(batch, -1, -1)])
+
+
+class Prefixes:
+    """The last few prefixes that were run, by name. 44 MB each at the released size."""
+
+    def __init__(self, model: ScaleTransformer, kept: int = 4) -> None:
+        self.model, self.kept = model, kept
+        self._prefixes: OrderedDict[str, Prefix] = OrderedDict()
+
+    def get(self, name: str, condition: Callable[[], TextContext | Tensor]) -> Prefix:
+        """The prefix of this name, or else of `condition()`, one row."""
+        found = self._prefixes.pop(name, None) or run_prefix(self.model, condition())
+        self._prefixes[name] = found
+        while len(self._prefixes) > self.kept:
+            self._prefixes.popitem(last=False)
+        return found
