@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("server") / "log.txt", "--model", model)
+    running = Server(tmp_path_factory.mktemp("server") / "log.txt", "--model", model, "--no-page")
     running.wait_ready()
     yield running
     assert running.stop() == 0, running.log.read_text()
@@ -150,7 +150,7 @@ def test_a_missing_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     broken = write_tiny_text_model(tmp_path / "model")
     weights = broken / "transformer" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    server = Server(tmp_path / "log.txt", "--model", broken)
+    server = Server(tmp_path / "log.txt", "--model", broken, "--no-page")
     assert server.process.wait(60) == 2
     last = server.log.read_text().splitlines()[-1]
     assert last.startswith("hartist: error: ")

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,8 +23,10 @@ from hartist.cli import build_parser
 from hartist.commands.serve import settle_replicas
 from hartist.errors import UserError
 from hartist.generation.cluster import ray_running
-from hartist.serving.tasks import Event, Failed, Finished, ImageTask, Preview
-from hartist.serving.worker import WorkerLost, WorkerOptions
+from hartist.serving import batch
+from hartist.serving.model import INTERNAL, WorkerOptions
+from hartist.serving.tasks import Event, Failed, Finished, ImageTask, ModelInfo, Preview
+from hartist.serving.worker import WorkerLost
 from servers import ENVIRONMENT, Server
 from tiny import SETTINGS, write_tiny_text_model
 
@@ -33,8 +36,8 @@ import openai
 from ray import serve
 from ray.exceptions import ActorDiedError
 
-from hartist.serving import ray_replica
-from hartist.serving.ray_replica import ModelReplica, RayBackend
+from hartist.serving import ray_app, ray_replica
+from hartist.serving.ray_replica import Known, ModelReplica, RayBackend
 
 GENERATE = "/v1/images/generations"
 SLOW = 1000
@@ -148,7 +151,7 @@ def test_a_batch_that_nobody_waits_for_ends_at_its_scale(
         while not cancelled() >= {"a"}:
             scales.append(1)
 
-    monkeypatch.setattr(ray_replica, "run_batch", endless)
+    monkeypatch.setattr(batch, "run_batch", endless)
 
     async def scenario() -> None:
         stream = replica.make([task("a")], 3, 7)
@@ -166,12 +169,12 @@ def test_a_replica_that_fails_says_so_of_every_task(
         emit(Finished("a", b""))
         raise ValueError("a bug")
 
-    monkeypatch.setattr(ray_replica, "run_batch", broken)
+    monkeypatch.setattr(batch, "run_batch", broken)
 
     async def scenario() -> list[Event]:
         return [event async for event in replica.make([task("a"), task("b")], 3, 7)]
 
-    assert asyncio.run(scenario()) == [Finished("a", b""), Failed("b", ray_replica.INTERNAL)]
+    assert asyncio.run(scenario()) == [Finished("a", b""), Failed("b", INTERNAL)]
 
 
 def test_a_stuck_replica_is_not_healthy(replica: ModelReplica, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,22 +185,40 @@ def test_a_stuck_replica_is_not_healthy(replica: ModelReplica, monkeypatch: pyte
 
 
 class Handle:
-    """In place of a model's handle: a stream of some events, then perhaps an error."""
+    """In place of a model's handle: a stream of some events, then perhaps an error; and who asks for a replica."""
 
     def __init__(self, *events: Event, error: Exception | None = None) -> None:
         self.events, self.error = events, error
         self.cancelled = False
+        self.streams = self.waiting = 0
+        self.replicas: asyncio.Queue[ModelInfo | Exception] = asyncio.Queue()
+        """Answers to `info`: a replica that is free, or what Ray raises."""
 
     @property
     def make(self) -> Handle:
+        return self
+
+    @property
+    def info(self) -> Handle:
         return self
 
     def options(self, *, stream: bool) -> Handle:
         assert stream
         return self
 
-    def remote(self, tasks: Any, slot: int, batch: int) -> Handle:
+    def remote(self, *batch: Any) -> Any:
+        if not batch:
+            return self.ask()
+        self.streams += 1
         return self
+
+    async def ask(self) -> ModelInfo:
+        self.waiting += 1
+        answer = await self.replicas.get()
+        self.waiting -= 1
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -211,9 +232,21 @@ class Handle:
             await asyncio.Event().wait()
 
 
+INFO = ModelInfo("tiny", 32, 32, 4, SETTINGS)
+
+
+def ignore(event: Event) -> None:
+    """For batches of which only the end matters."""
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 def test_a_lost_replica_is_a_lost_worker() -> None:
     got: list[Event] = []
-    backend = RayBackend(Handle(Preview("a", 0, 4, b""), error=ActorDiedError()), 0)
+    backend = RayBackend(Known(Handle(Preview("a", 0, 4, b""), error=ActorDiedError()), INFO), 0)
     with pytest.raises(WorkerLost, match="a replica was lost"):
         asyncio.run(backend.run([task("a")], got.append))
     assert got == [Preview("a", 0, 4, b"")]
@@ -222,9 +255,9 @@ def test_a_lost_replica_is_a_lost_worker() -> None:
 def test_a_backend_tells_its_batch_what_is_not_wanted_and_when_it_is_over() -> None:
     async def scenario() -> None:
         handle = Handle()
-        backend = RayBackend(handle, 0)
-        running = asyncio.create_task(backend.run([task("a")], lambda event: None))
-        await asyncio.sleep(0)
+        backend = RayBackend(Known(handle, INFO), 0)
+        running = asyncio.create_task(backend.run([task("a")], ignore))
+        await settle()
         asking = asyncio.create_task(backend.unwanted(1))
         backend.cancel(["a"])
         assert await asking == ["a"]
@@ -237,6 +270,120 @@ def test_a_backend_tells_its_batch_what_is_not_wanted_and_when_it_is_over() -> N
         assert await backend.unwanted(0) == []  # an older batch's question
 
     asyncio.run(scenario())
+
+
+def test_one_replica_makes_all_backends_ready_and_only_one_of_them_asks() -> None:
+    async def scenario() -> None:
+        handle = Handle()
+        known = Known(handle)
+        starting = [asyncio.create_task(RayBackend(known, slot).start()) for slot in range(4)]
+        await settle()
+        assert handle.waiting == 1
+        handle.replicas.put_nowait(INFO)
+        assert await asyncio.gather(*starting) == [INFO] * 4
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_after_a_loss_one_backend_asks_and_batches_wait_for_the_answer() -> None:
+    async def scenario() -> None:
+        handle = Handle(Finished("a", b""), error=ActorDiedError())
+        known = Known(handle, INFO)
+        loser, other = RayBackend(known, 0), RayBackend(known, 1)
+        with pytest.raises(WorkerLost):
+            await loser.run([task("a")], ignore)
+        handle.error = None
+        starting = asyncio.create_task(loser.start())
+        running = asyncio.create_task(other.run([task("a")], ignore))
+        await settle()
+        assert (handle.waiting, handle.streams) == (1, 1)  # all that Ray's autoscaler sees is one call
+        handle.replicas.put_nowait(INFO)
+        assert await starting == INFO
+        await running
+        assert (handle.waiting, handle.streams) == (0, 2)
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_replica_lost_while_it_is_asked_leaves_the_next_to_ask() -> None:
+    async def scenario() -> None:
+        handle = Handle()
+        known = Known(handle)
+        starting = [asyncio.create_task(RayBackend(known, slot).start()) for slot in range(2)]
+        handle.replicas.put_nowait(ActorDiedError())
+        handle.replicas.put_nowait(INFO)
+        lost, info = await asyncio.gather(*starting, return_exceptions=True)
+        assert isinstance(lost, WorkerLost)
+        assert info == INFO
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+# --- the end of the application, without Ray ------------------------------------------------------
+
+
+class Draining:
+    """In place of the application's handle: what becomes of `drain`, second by second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *seconds: str | Exception) -> None:
+        self.seconds = list(seconds)
+        self.status = "HEALTHY"
+        self.now = 0.0
+        monkeypatch.setattr(ray_app, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(ray_app.serve, "status", self.serve_status)
+
+    def serve_status(self) -> Any:
+        front = SimpleNamespace(status=self.status)
+        return SimpleNamespace(applications={ray_app.APP: SimpleNamespace(deployments={ray_app.FRONT: front})})
+
+    @property
+    def drain(self) -> Draining:
+        return self
+
+    def remote(self) -> Draining:
+        return self
+
+    def result(self, timeout_s: float) -> None:
+        self.now += timeout_s
+        happens = self.seconds.pop(0) if self.seconds else "nothing"
+        if isinstance(happens, Exception):
+            raise happens
+        if happens == "drained":
+            return
+        if happens == "found dead":
+            self.status = "UNHEALTHY"
+        raise TimeoutError
+
+
+def test_draining_ends_when_the_application_has_drained(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    front = Draining(monkeypatch, "nothing", "nothing", "drained")
+    ray_app._drain(front, 60.0)
+    assert front.now == 3
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ends_after", "said"),
+    [
+        (["nothing", ActorDiedError()], 2, "died"),
+        (["nothing", "nothing", "found dead"], 3, "being replaced"),
+        ([], 65, "stuck"),
+    ],
+    ids=["it dies", "it was dead", "it is stuck"],
+)
+def test_draining_does_not_wait_for_an_application_that_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seconds: list[str | Exception],
+    ends_after: int,
+    said: str,
+) -> None:
+    front = Draining(monkeypatch, *seconds)
+    ray_app._drain(front, 60.0)
+    assert front.now == ends_after
+    assert [said in record.message for record in caplog.records] == [True]
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -307,9 +454,9 @@ def figure(server: Server, name: str) -> float:
     return next(float(line.split()[-1]) for line in lines if line.startswith(name + " "))
 
 
-def replica_pids(server: Server) -> list[int]:
-    processes = descendants(server.process.pid)
-    return [pid for pid, title in processes.items() if title.startswith(f"ray::ServeReplica:{ray_replica.APP}:Model")]
+def replica_pids(server: Server, deployment: str = "ModelReplica") -> list[int]:
+    title = f"ray::ServeReplica:{ray_replica.APP}:{deployment}"
+    return [pid for pid, found in descendants(server.process.pid).items() if found.startswith(title)]
 
 
 def test_openais_client_asks_ray_serve(server: Server) -> None:
@@ -339,12 +486,12 @@ def test_a_replica_killed_under_load_costs_no_accepted_request(server: Server) -
     alone = ask(server, 3, diffusion_steps=SLOW).json()["data"][0]["b64_json"]
     for _ in range(3):  # the kill may fall between two batches
         victim, *_ = wait_for(lambda: len(replica_pids(server)) == 2 and replica_pids(server))
-        with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            replies = [pool.submit(ask, server, seed, n=2, diffusion_steps=SLOW) for seed in range(12)]
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            replies = [pool.submit(ask, server, seed, n=2, diffusion_steps=SLOW) for seed in range(6)]
             wait_for(lambda: figure(server, "hartist_running_images") == 4)
             os.kill(victim, signal.SIGKILL)
             answers = [reply.result() for reply in replies]
-        assert [answer.status_code for answer in answers] == [200] * 12
+        assert [answer.status_code for answer in answers] == [200] * 6
         assert answers[3].json()["data"][0]["b64_json"] == alone
         if figure(server, "hartist_workers_lost_total"):
             break
@@ -375,6 +522,41 @@ def test_sigterm_finishes_what_was_accepted(model: Path, tmp_path: Path) -> None
             assert [reply.result().status_code for reply in replies] == [200] * 3
         assert server.process.wait(90) == 0, server.log.read_text()
         assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+    finally:
+        server.process.kill()
+
+
+@pytest.mark.slow
+def test_a_loss_starts_one_replica_and_no_more(model: Path, tmp_path: Path) -> None:
+    server = Server(tmp_path / "log.txt", "--model", model, "--ray", "--max-replicas", 4)
+    try:
+        server.wait_ready(400)
+        for _ in range(2):  # after the start, and after a loss
+            (alone,) = wait_for(lambda: replica_pids(server))
+            end = time.monotonic() + 45  # Ray decides by the mean of 30 s
+            while time.monotonic() < end:
+                assert len(replica_pids(server)) <= 1
+                time.sleep(0.5)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                reply = pool.submit(ask, server, diffusion_steps=SLOW)
+                wait_for(lambda: figure(server, "hartist_running_images") == 1)
+                os.kill(alone, signal.SIGKILL)
+                assert reply.result().status_code == 200
+    finally:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(90) == 0, server.log.read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_does_not_wait_for_an_application_that_died(model: Path, tmp_path: Path) -> None:
+    server = Server(tmp_path / "log.txt", "--model", model, "--ray")
+    try:
+        server.wait_ready(400)
+        wait_for(lambda: "serving on" in server.log.read_text())
+        (front,) = replica_pids(server, ray_replica.FRONT)
+        os.kill(front, signal.SIGKILL)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0, server.log.read_text()
     finally:
         server.process.kill()
 

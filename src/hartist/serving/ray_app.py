@@ -25,9 +25,9 @@ from ray.serve.exceptions import RayServeException
 
 from hartist.errors import UserError
 from hartist.generation.cluster import gpu_share
+from hartist.serving.model import WorkerOptions
 from hartist.serving.ray_replica import APP, FRONT, Known, ModelReplica, RayBackend, first_line
 from hartist.serving.scheduler import Backend
-from hartist.serving.worker import WorkerOptions
 
 log = logging.getLogger("hartist.serving")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,12 +16,9 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from hartist.errors import UserError
-from hartist.serving.batch import run_batch
-from hartist.serving.tasks import Event, Failed, Finished, ModelInfo, Task
-from hartist.serving.worker import INTERNAL, WorkerLost, WorkerOptions, _load, model_info
-
-log = logging.getLogger("hartist.serving")
+from hartist.serving.model import WorkerOptions, load_pipeline, model_info, run_guarded
+from hartist.serving.tasks import Event, ModelInfo, Task
+from hartist.serving.worker import WorkerLost
 
 APP, FRONT = "hartist", "Front"
 """Names of the application and of its deployment that answers requests."""
@@ -35,7 +31,7 @@ class ModelReplica:
     """A model in a process of its own, which Ray starts and watches; one batch at a time."""
 
     def __init__(self, options: WorkerOptions, stall_seconds: float) -> None:
-        self.pipeline, self.blocks = _load(options)
+        self.pipeline, self.blocks = load_pipeline(options)
         self.stall_seconds = stall_seconds
         self.busy_since: float | None = None
         """When the batch under way finished its last scale."""
@@ -69,28 +65,12 @@ class ModelReplica:
             await asyncio.wait([working])  # the model is free again after its scale
 
     def _work(self, tasks: list[Task], gone: set[str], send: Callable[[Event | None], None]) -> None:
-        over: set[str] = set()
-
         def cancelled() -> set[str]:
             self.busy_since = time.monotonic()
             return gone.copy()
 
-        def emit(event: Event) -> None:
-            if isinstance(event, Finished | Failed):
-                over.add(event.task_id)
-            send(event)
-
-        message = INTERNAL
         try:
-            run_batch(self.pipeline, tasks, cancelled, emit, self.blocks)
-        except Exception as error:
-            if isinstance(error, UserError):
-                message = str(error)
-            else:
-                log.exception("a batch failed: %s", tasks)
-            for task in tasks:
-                if task.id not in over | gone:
-                    send(Failed(task.id, message))
+            run_guarded(self.pipeline, self.blocks, tasks, cancelled, send)
         finally:
             self.busy_since = None
             send(None)
