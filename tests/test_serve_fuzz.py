@@ -324,6 +324,29 @@ def test_any_request_is_answered_in_words(app: InProcess) -> None:
     fuzz_application(app, 600)
 
 
+def test_any_header_may_have_any_value(app: InProcess) -> None:
+    body = json.dumps(ASK).encode()
+    for name in HEADERS:
+        for value in HEADER_VALUES:
+            send_request(app, ("POST", GENERATE, b"", [body], [(name, value)]))
+            send_request(app, ("GET", "/v1/images/results/x", b"", [], [(name, value)]))
+
+
+@pytest.mark.parametrize("query", [b"\x80", b"%ff%00", b"&&=;=&%", b"x=" + b"y" * 60_000, b"prompt=%ed%a0%80"])
+def test_any_query_may_follow_any_path(app: InProcess, query: bytes) -> None:
+    for path in [*ROUTES, "/"]:
+        send_request(app, ("GET", path, query, [], []))
+
+
+@pytest.mark.parametrize(
+    "change", ['"guidance": "2.5"', '"temperature": false', '"n": true', '"n": 1.0', '"seed": "1"', '"stream": 1']
+)
+def test_what_is_no_number_is_not_taken_for_one(app: InProcess, change: str) -> None:
+    status, _, answer = app.call("POST", GENERATE, [f'{{"prompt": "a cat", {change}}}'.encode()], JSON)
+    assert status == 400
+    assert json.loads(answer)["error"]["param"] == next(iter(json.loads(f"{{{change}}}")))
+
+
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes_are_refused_soon(app: InProcess, name: str) -> None:
     """Nothing else is answered meanwhile, so it must not take long."""

@@ -23,6 +23,7 @@ from hartist.cli import build_parser
 from hartist.commands.serve import settle_replicas
 from hartist.errors import UserError
 from hartist.generation.cluster import ray_running
+from hartist.generation.model_options import ModelOptions
 from hartist.serving import batch
 from hartist.serving.model import INTERNAL, WorkerOptions
 from hartist.serving.tasks import Event, Failed, Finished, ImageTask, ModelInfo, Preview
@@ -108,7 +109,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 @pytest.fixture(scope="module")
 def replica(model: Path) -> ModelReplica:
-    return ModelReplica(WorkerOptions(str(model), threads=1), stall_seconds=60.0)
+    return ModelReplica(WorkerOptions(ModelOptions(str(model), threads=1)), stall_seconds=60.0)
 
 
 def task(name: str, **changes: Any) -> ImageTask:
@@ -322,26 +323,22 @@ def test_a_replica_lost_while_it_is_asked_leaves_the_next_to_ask() -> None:
 # --- the end of the application, without Ray ------------------------------------------------------
 
 
-class Draining:
-    """In place of the application's handle: what becomes of `drain`, second by second."""
+class Application:
+    """In place of the application as Ray shows it: what becomes of its `drain`, second by second."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *seconds: str | Exception) -> None:
         self.seconds = list(seconds)
-        self.status = "HEALTHY"
+        self.replicas = {"RUNNING": 1}
         self.now = 0.0
+        self.drain_seconds = SimpleNamespace(remote=lambda: SimpleNamespace(result=lambda timeout_s: 60.0))
+        self.drain = SimpleNamespace(remote=lambda: SimpleNamespace(result=self.result))
         monkeypatch.setattr(ray_app, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(ray_app.serve, "status", self.serve_status)
+        monkeypatch.setattr(serve, "status", self.status)
+        monkeypatch.setattr(serve, "get_deployment_handle", lambda *names: self)
 
-    def serve_status(self) -> Any:
-        front = SimpleNamespace(status=self.status)
+    def status(self) -> Any:
+        front = SimpleNamespace(replica_states=self.replicas)
         return SimpleNamespace(applications={ray_app.APP: SimpleNamespace(deployments={ray_app.FRONT: front})})
-
-    @property
-    def drain(self) -> Draining:
-        return self
-
-    def remote(self) -> Draining:
-        return self
 
     def result(self, timeout_s: float) -> None:
         self.now += timeout_s
@@ -351,16 +348,16 @@ class Draining:
         if happens == "drained":
             return
         if happens == "found dead":
-            self.status = "UNHEALTHY"
+            self.replicas = {"STARTING": 1}
         raise TimeoutError
 
 
 def test_draining_ends_when_the_application_has_drained(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    front = Draining(monkeypatch, "nothing", "nothing", "drained")
-    ray_app._drain(front, 60.0)
-    assert front.now == 3
+    application = Application(monkeypatch, "nothing", "nothing", "drained")
+    ray_app._drain()
+    assert application.now == 3
     assert not caplog.records
 
 
@@ -368,8 +365,8 @@ def test_draining_ends_when_the_application_has_drained(
     ("seconds", "ends_after", "said"),
     [
         (["nothing", ActorDiedError()], 2, "died"),
-        (["nothing", "nothing", "found dead"], 3, "being replaced"),
-        ([], 65, "stuck"),
+        (["nothing", "nothing", "found dead"], 3, "not there"),
+        ([], 66, "does not come to an end"),
     ],
     ids=["it dies", "it was dead", "it is stuck"],
 )
@@ -380,9 +377,9 @@ def test_draining_does_not_wait_for_an_application_that_cannot(
     ends_after: int,
     said: str,
 ) -> None:
-    front = Draining(monkeypatch, *seconds)
-    ray_app._drain(front, 60.0)
-    assert front.now == ends_after
+    application = Application(monkeypatch, *seconds)
+    ray_app._drain()
+    assert application.now == ends_after
     assert [said in record.message for record in caplog.records] == [True]
 
 
@@ -552,7 +549,6 @@ def test_sigterm_does_not_wait_for_an_application_that_died(model: Path, tmp_pat
     server = Server(tmp_path / "log.txt", "--model", model, "--ray")
     try:
         server.wait_ready(400)
-        wait_for(lambda: "serving on" in server.log.read_text())
         (front,) = replica_pids(server, ray_replica.FRONT)
         os.kill(front, signal.SIGKILL)
         server.process.send_signal(signal.SIGTERM)

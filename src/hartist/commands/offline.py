@@ -13,7 +13,8 @@ from hartist.commands.output import require_writable
 from hartist.errors import UserError
 from hartist.generation.cluster import ray_running
 from hartist.generation.loading import find_model
-from hartist.generation.offline import Batch, Made, Manifest, ModelOptions, batches, check_plan, make
+from hartist.generation.model_options import ModelOptions, absolute
+from hartist.generation.offline import Batch, Made, Manifest, batches, check_plan, make
 from hartist.generation.offline_plan import Defaults, Picture, read_plan
 
 MAX_PROCESSES = 4096
@@ -25,9 +26,9 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> int:
     plan = read_plan(args.jobs, Defaults(args.seed, args.num_images, args.negative_prompt, changes))
     require_writable(args.out)
     options = ModelOptions(
-        find_model(args.model).absolute(),
-        args.text_model and args.text_model.absolute(),
-        args.tokenizer and args.tokenizer.absolute(),
+        absolute(find_model(args.model)),
+        absolute(args.text_model),
+        absolute(args.tokenizer),
         args.device,
         args.dtype,
         not args.no_ema,

@@ -11,6 +11,7 @@ from typing import Any
 from hartist.errors import UserError
 from hartist.generation.cluster import ray_running, threads_each
 from hartist.generation.loading import find_model
+from hartist.generation.model_options import ModelOptions, absolute
 from hartist.serving.prompt_filter import AllowAll, PromptFilter, WordFilter
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -22,9 +23,10 @@ def run(args: argparse.Namespace) -> int:
 
         from hartist.serving.access import AccessRules, require_key_outside
         from hartist.serving.app import ServerOptions, create_app
+        from hartist.serving.model import WorkerOptions
         from hartist.serving.run import listen, serve
         from hartist.serving.scheduler import Backend, Limits
-        from hartist.serving.worker import WorkerOptions, WorkerProcess
+        from hartist.serving.worker import WorkerProcess
     except ImportError as error:
         raise UserError(f"serving needs the package {error.name}; pip install 'hartist[serve]'") from error
 
@@ -36,13 +38,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(problem)
     path = find_model(args.model)  # a wrong name is told before anything is started
     worker = WorkerOptions(
-        str(path.absolute()),  # Ray's processes may be in another folder
-        str(args.text_model.absolute()) if args.text_model else None,
-        str(args.tokenizer.absolute()) if args.tokenizer else None,
-        not args.no_ema,
-        args.device,
-        args.dtype,
-        threads_each(args.threads, args.max_replicas or args.workers, args.ray_address),
+        ModelOptions(
+            absolute(path),
+            absolute(args.text_model),
+            absolute(args.tokenizer),
+            args.device,
+            args.dtype,
+            not args.no_ema,
+            threads_each(args.threads, args.max_replicas or args.workers, args.ray_address),
+        ),
         args.image_filter,
     )
     hosts = (*LOOPBACK, *args.allow_host) if args.host in LOOPBACK else tuple(args.allow_host)
@@ -61,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ray:
         with listener:
             port = listener.getsockname()[1]  # free; a proxy of Ray's will listen there
-        with ray_running(args.ray_address, args.max_replicas * worker.threads):
+        with ray_running(args.ray_address, args.max_replicas * worker.model.threads):
             from hartist.serving.ray_app import Replicas, serve_on_ray
 
             serve_on_ray(build, worker, Replicas(args.min_replicas, args.max_replicas), args.host, port, args.stall)

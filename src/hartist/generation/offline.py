@@ -25,8 +25,6 @@ from hartist.generation.pipeline import Pipeline, Request, override
 from hartist.generation.png import encode_png, metadata
 
 MANIFEST = "manifest.jsonl"
-SAMPLE = 1 << 16
-"""Bytes at either end of a file of weights that tell it from others of its size."""
 
 
 # ---------------------------------------------------------------------- what is there
@@ -90,45 +88,6 @@ class Manifest:
 
 
 # ---------------------------------------------------------------------- what is made
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """What makes the pictures; arguments of `Pipeline.from_pretrained`, the model as a path."""
-
-    model: Path
-    text_model: Path | None = None
-    tokenizer: Path | None = None
-    device: str | None = None
-    dtype: str | None = None
-    use_ema: bool = True
-    threads: int = 1
-
-    def load(self) -> Pipeline:
-        """Load the model. Raises UserError if that can't be done."""
-        torch.set_num_threads(self.threads)
-        return Pipeline.from_pretrained(
-            self.model,
-            device=self.device,
-            dtype=self.dtype,
-            text_model=self.text_model,
-            tokenizer=self.tokenizer,
-            use_ema=self.use_ema,
-        )
-
-    def fingerprint(self) -> str:
-        """Tells models apart without reading all of them: names, sizes, beginnings and ends of their files."""
-        digest = hashlib.sha256(f"{self.dtype} {self.use_ema}".encode())
-        for part in filter(None, (self.model, self.text_model, self.tokenizer)):
-            files = sorted(path for path in part.rglob("*") if path.is_file()) if part.is_dir() else [part]
-            for path in files:
-                size = path.stat().st_size
-                digest.update(f"\n{path.relative_to(part)} {size}\n".encode())
-                with path.open("rb") as file:
-                    digest.update(file.read(SAMPLE))
-                    file.seek(max(0, size - SAMPLE))
-                    digest.update(file.read(SAMPLE))
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from hartist.errors import UserError
 from hartist.generation.cluster import gpu_share
-from hartist.generation.offline import Batch, Made, ModelOptions, check_plan, make
+from hartist.generation.model_options import ModelOptions
+from hartist.generation.offline import Batch, Made, check_plan, make
 from hartist.generation.offline_plan import Picture
 from hartist.generation.pipeline import Pipeline
 

@@ -53,6 +53,16 @@ class GuardedProtocol(H11Protocol):
         if not self.cycle.more_body:
             self.guard.remove(self)
 
+    def send_400_response(self, msg: str) -> None:
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:  # what follows a request's head is no body
+            cycle.disconnected = True  # its answer could not be sent any more
+            cycle.message_event.set()
+            if cycle.response_started:
+                self.close()
+                return
+        super().send_400_response(msg)
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.cycle is None or self.cycle.response_complete:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hartist.errors import UserError
+from hartist.generation.model_options import ModelOptions
 from hartist.serving.tasks import Event, Failed, Finished, ModelInfo, Task
 
 log = logging.getLogger("hartist.serving")
@@ -17,16 +18,9 @@ INTERNAL = "the model failed on this request; the server's log says why"
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What a worker loads; arguments of `Pipeline.from_pretrained` and the image filter's."""
+    """What a worker loads."""
 
-    model: str | None = None
-    text_model: str | None = None
-    tokenizer: str | None = None
-    use_ema: bool = True
-    device: str | None = None
-    dtype: str | None = None
-    threads: int = 0
-    """0: all cores."""
+    model: ModelOptions
     image_filter: float | None = None
     """The score from which a picture is withheld; None: no filter."""
 
@@ -37,20 +31,7 @@ class Hangup(Exception):
 
 def load_pipeline(options: WorkerOptions) -> tuple[Any, Any]:
     """The pipeline and its image filter, or None. Raises UserError if they can't be loaded."""
-    import torch
-
-    from hartist.generation.pipeline import Pipeline
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    pipeline = Pipeline.from_pretrained(
-        options.model,
-        device=options.device,
-        dtype=options.dtype,
-        text_model=options.text_model,
-        tokenizer=options.tokenizer,
-        use_ema=options.use_ema,
-    )
+    pipeline = options.model.load()
     blocks = None
     if options.image_filter is not None:
         from hartist.serving.image_filter import load_image_filter

@@ -33,6 +33,8 @@ log = logging.getLogger("hartist.serving")
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
+HEALTH_SECONDS = 2
+"""A lost replica counts as busy until Ray asks after it: not for so long that Ray starts two in its place."""
 BuildApp = Callable[[Sequence[Backend]], FastAPI]
 
 
@@ -93,23 +95,34 @@ def serve_on_ray(
         raise UserError(f"this cluster serves {', '.join(sorted(others))} already; use another one")
     with _signals_interrupt():
         try:
+            _start(host, port)
+            application = _deployment(build, options, replicas, stall_seconds)
+            with contextlib.suppress(KeyboardInterrupt):
+                serve.run(application, name=APP, logging_config=LOGGING)  # waits for all replicas; one serves already
+                print(f"serving on http://{host}:{port} (Ctrl-C stops)", file=sys.stderr, flush=True)
+                threading.Event().wait()
+            _drain()
+        except KeyboardInterrupt:
+            pass  # nothing is served yet, or it shall wait for nothing
+        except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
+            raise UserError(_reason(error)) from error
+        finally:
+            serve.shutdown()
+
+
+def _start(host: str, port: int) -> None:
+    """Start Ray Serve and its HTTP proxies. Raises TimeoutError if they take more than two minutes."""
+    for patience in (True, False):
+        try:
             serve.start(
                 proxy_location="HeadOnly" if host in LOOPBACK else "EveryNode",
                 http_options={"host": host, "port": port, "keep_alive_timeout_s": 15},
                 logging_config=LOGGING,
             )
-            application = _deployment(build, options, replicas, stall_seconds)
-            front = serve.run(application, name=APP, logging_config=LOGGING)
-            patience = front.drain_seconds.remote().result()
-            with contextlib.suppress(KeyboardInterrupt):
-                print(f"serving on http://{host}:{port} (Ctrl-C stops)", file=sys.stderr, flush=True)
-                threading.Event().wait()
-            _drain(front, patience)
-        except KeyboardInterrupt:
-            pass  # nothing was served yet, or it shall wait for nothing
-        except (RuntimeError, RayError, RayServeException) as error:
-            raise UserError(_reason(error)) from error
-        finally:
+            return
+        except TimeoutError:  # after one minute, which a busy machine may need
+            if not patience:
+                raise
             serve.shutdown()
 
 
@@ -119,8 +132,8 @@ def _deployment(build: BuildApp, options: WorkerOptions, replicas: Replicas, sta
         ModelReplica,
         max_ongoing_requests=1,
         ray_actor_options={
-            "num_cpus": options.threads or 1,
-            "num_gpus": gpu_share(options.device, replicas.most),
+            "num_cpus": options.model.threads or 1,
+            "num_gpus": gpu_share(options.model.device, replicas.most),
         },
         autoscaling_config={
             "min_replicas": replicas.least,
@@ -130,6 +143,7 @@ def _deployment(build: BuildApp, options: WorkerOptions, replicas: Replicas, sta
             "downscale_delay_s": 120,
         },
         max_constructor_retry_count=3,
+        health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=60,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=30,
@@ -140,31 +154,39 @@ def _deployment(build: BuildApp, options: WorkerOptions, replicas: Replicas, sta
         num_replicas=1,
         max_ongoing_requests=100_000,  # the scheduler bounds the queue
         ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=60,
         graceful_shutdown_wait_loop_s=0.2,
     )
     return front.bind(model.bind(options, stall_seconds), build, replicas.most)
 
 
-def _drain(front: Any, patience: float) -> None:
+def _drain() -> None:
     """Have the application finish what it has accepted, for as long as there is an application."""
-    end = time.monotonic() + patience + 5
     try:
-        draining = front.drain.remote()
-        while _is_healthy(FRONT) and time.monotonic() < end:
-            with contextlib.suppress(TimeoutError):
-                draining.result(timeout_s=1)
-                return
-        reason = "it is stuck, or being replaced"
-    except (RayError, RayServeException) as error:
-        reason = first_line(error)
-    log.error("the application gave up what it had accepted (%s)", reason)
+        front = serve.get_deployment_handle(FRONT, APP)
+        patience = _answer(front.drain_seconds.remote(), 30.0)
+        _answer(front.drain.remote(), patience + 5.0)
+    except (RayError, RayServeException, TimeoutError) as error:
+        log.error("what the application has accepted, if anything, is given up (%s)", first_line(error))
 
 
-def _is_healthy(deployment: str) -> bool:
-    """As far as Ray knows, which may be some seconds late."""
+def _answer(response: Any, seconds: float) -> Any:
+    """What the application answers. Raises TimeoutError if it takes longer, or there is no application that could."""
+    end = time.monotonic() + seconds
+    while _runs(FRONT):
+        with contextlib.suppress(TimeoutError):
+            return response.result(timeout_s=1)
+        if time.monotonic() > end:
+            raise TimeoutError("it does not come to an end")
+    raise TimeoutError("it is not there")
+
+
+def _runs(deployment: str) -> bool:
+    """Whether it has a replica, as far as Ray knows, which may be some seconds late."""
     application = serve.status().applications.get(APP)
-    return application is not None and application.deployments[deployment].status == "HEALTHY"
+    found = application.deployments.get(deployment) if application else None
+    return found is not None and "RUNNING" in found.replica_states
 
 
 def _reason(error: Exception) -> str:
