@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hartist.generation.guidance import guidance_strength, guide
 from hartist.generation.loop import ScaleResult, generate_scales, residual_tokens
 from hartist.generation.noise import ImageNoise
 from hartist.generation.sampling import SamplingSettings, smooth_vectors
+from hartist.generation.shortcuts import FAST
 from hartist.text.encoder import TextContext, unconditional_context
 from hartist.tokenizer.residual_loop import tokens_to_map
 from hartist.transformer.model import ScaleTransformer
@@ -88,10 +90,12 @@ def test_every_scale_is_yielded_in_order_and_adds_its_codes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("guidance", [0.0, 3.0])
-def test_images_that_are_dropped_under_way_leave_the_others_as_they_were(name: str, guidance: float) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"guidance": 0.0}, {}, FAST, {"unguided_scales": 2}], ids=["alone", "", "fast", "2"]
+)
+def test_images_that_are_dropped_under_way_leave_the_others_as_they_were(name: str, changes: dict[str, Any]) -> None:
     model = random_transformer(**MODELS[name])
-    settings = SamplingSettings(guidance=guidance, top_k=0)
+    settings = replace(SETTINGS, **changes)
     seeds = (0, 1, 2, 3)
     whole = generate(model, settings, seeds)
     quantizer = random_quantizer(sides=model.config.sides)

@@ -20,6 +20,7 @@ from PIL import Image
 
 import tiny
 from hartist.generation.png import read_metadata
+from hartist.generation.shortcuts import FAST
 from servers import Server
 
 if find_spec("gradio") is None:
@@ -185,6 +186,29 @@ def test_a_picture_comes_into_focus_and_can_be_had_again(
     page.locator(".gallery .thumb").click()
     says(page, ".viewer[open] dl", str(made["seed"]))
     page.screenshot(path=tmp_path / "viewer.png")
+
+
+def test_a_fast_picture_is_made_by_the_switch_and_by_its_link(
+    visit: Callable[..., sync_api.Page], api: httpx.Client, tmp_path: Path
+) -> None:
+    page = ready(visit())
+    page.locator("#fast input").check()
+    fill_in(page, "a red apple", Seed=5)
+    page.locator("#go").click()
+    page.locator(FINISHED).wait_for()
+    data = download(page, tmp_path / "fast.png")
+    settings = read_metadata(tmp_path / "fast.png")["settings"]
+    assert {name: settings[name] for name in FAST} == FAST
+    exact = api.post("/v1/images/generations", json={"prompt": "a red apple", "seed": 5}).json()
+    assert base64.b64decode(exact["data"][0]["b64_json"]) != data
+    reply = api.post("/v1/images/generations", json={"prompt": "a red apple", "seed": 5, "fast": True}).json()
+    assert base64.b64decode(reply["data"][0]["b64_json"]) == data
+    link = page.locator(".stage .link").get_attribute("href")
+    assert parse_qs(urlsplit(link).query)["fast"] == ["1"]
+    again = visit(link)
+    again.locator(FINISHED).wait_for()
+    assert again.locator("#fast input").is_checked()
+    assert download(again, tmp_path / "again.png") == data
 
 
 def test_the_page_fits_a_phone(visit: Callable[..., sync_api.Page], tmp_path: Path) -> None:

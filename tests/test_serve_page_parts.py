@@ -17,9 +17,10 @@ from PIL import Image
 
 from hartist.commands.serve import _page
 from hartist.errors import UserError
-from hartist.generation.pipeline import Pipeline
+from hartist.generation.pipeline import Pipeline, override
 from hartist.generation.png import encode_png
 from hartist.generation.sampling import SamplingSettings
+from hartist.generation.shortcuts import FAST
 from hartist.serving.batch import run_batch
 from hartist.serving.reconstruction import MAX_PIXELS, read_upload
 from hartist.serving.results import Results
@@ -50,6 +51,7 @@ from hartist.serving.page.stage import Stage
     top_k=st.none() | st.integers(0, 10**6),
     residual=st.booleans(),
     steps=st.none() | st.integers(1, 1000),
+    fast=st.booleans(),
 )
 def test_a_link_leads_back_to_its_picture(
     prompt: str,
@@ -59,14 +61,18 @@ def test_a_link_leads_back_to_its_picture(
     top_k: int | None,
     residual: bool,
     steps: int | None,
+    fast: bool,
 ) -> None:
     own = SamplingSettings(guidance=2.0)
     settings = SamplingSettings(
         guidance=guidance, temperature=temperature, top_k=top_k, residual=residual, diffusion_steps=steps
     )
-    asked = from_query(to_query(ImageTask("x", prompt, seed, settings), own))
+    if fast:
+        settings = override(settings, **(FAST if steps is None else {**FAST, "diffusion_steps": steps}))
+        own = override(own, **FAST)
+    asked = from_query(to_query(ImageTask("x", prompt, seed, settings), SamplingSettings(guidance=2.0)))
     assert asked is not None
-    assert (asked.prompt, asked.seed, asked.n) == (prompt, seed, 1)
+    assert (asked.prompt, asked.seed, asked.n, bool(asked.fast)) == (prompt, seed, 1, fast)
     for name in ("guidance", "temperature", "top_k", "residual", "diffusion_steps"):
         value = getattr(asked, name)
         assert (getattr(own, name) if value is None else value) == getattr(settings, name)

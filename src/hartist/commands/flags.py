@@ -44,6 +44,12 @@ def add_model(parser: Any) -> None:
     parser.add_argument("--model", metavar="MODEL", help=MODEL)
 
 
+def add_int8(parser: Any) -> None:
+    parser.add_argument(
+        "--int8", action="store_true", help="matrix products of the transformer in eight bits (CPU): faster, less exact"
+    )
+
+
 def add_images_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",

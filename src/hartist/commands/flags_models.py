@@ -12,6 +12,7 @@ from hartist.commands.flags import (
     add_device,
     add_foreign_parts,
     add_images_out,
+    add_int8,
     add_model,
     add_threads,
 )
@@ -89,11 +90,35 @@ def add_generate(commands: Any) -> None:
         metavar="X",
         help="noise between denoising steps, 1 as trained, 0 for none",
     )
+    group.add_argument(
+        "--guidance-by-scale",
+        type=_numbers,
+        metavar="X,X,…",
+        help="shares of --guidance, one a scale, coarse to fine (default: growing linearly from 0 to 1)",
+    )
     group.add_argument("--size", metavar="N|HxW", help="pixels of the images; only the model's own size is possible")
     group.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="images made at once (default: %(default)s)"
     )
+    group = parser.add_argument_group(
+        "speed",
+        "`--preset fast` takes all shortcuts below in a recommended blend; single ones can be set beside it.\n"
+        "docs/benchmarks.md tells what each saves and costs.",
+    )
+    group.add_argument("--preset", choices=("exact", "fast"), default="exact", help="(default: %(default)s)")
+    group.add_argument("--unguided-scales", type=int, metavar="N", help="no guidance on the last N scales")
+    group.add_argument(
+        "--attended-scales", type=int, metavar="N", help="attend to context, coarse scales and the N scales before"
+    )
+    group.add_argument(
+        "--last-scale-share", type=float, metavar="P", help="compute this share of the last scale's cells"
+    )
+    add_int8(group)
     add_device(parser)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def add_reconstruct(commands: Any) -> None:

@@ -21,6 +21,7 @@ from hartist.generation.loop import ScaleResult
 from hartist.generation.pipeline import Generated, Pipeline, Request, make_requests, override
 from hartist.generation.png import encode_png, metadata
 from hartist.generation.sampling import SamplingSettings
+from hartist.generation.shortcuts import FAST
 from hartist.pixels import grid_image
 
 MAX_IMAGES = 10_000
@@ -34,12 +35,17 @@ SETTINGS = (
     "diffusion_steps",
     "residual_guidance",
     "residual_temperature",
+    "guidance_by_scale",
+    "unguided_scales",
+    "attended_scales",
+    "last_scale_share",
 )
 
 
 def run(args: argparse.Namespace) -> int:
     use_threads(args.threads)
-    changes = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    changes = FAST if args.preset == "fast" else {}
+    changes = {**changes, **{name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}}
     # Everything that can be told without the model is told before it is loaded.
     override(SamplingSettings(), **changes)
     if args.jobs is not None:
@@ -56,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         text_model=args.text_model,
         tokenizer=args.tokenizer,
         use_ema=not args.no_ema,
+        int8=args.int8,
     )
     check_size(args.size, pipe)
     pipe.check(requests, args.negative_prompt, args.batch_size)

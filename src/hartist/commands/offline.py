@@ -33,6 +33,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> int:
         args.dtype,
         not args.no_ema,
         args.threads or 1,  # with another number, pictures may differ by rounding
+        args.int8,
     )
     model = options.fingerprint()
     with Manifest(args.out) as manifest:

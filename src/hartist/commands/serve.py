@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
             args.dtype,
             not args.no_ema,
             threads_each(args.threads, args.max_replicas or args.workers, args.ray_address),
+            args.int8,
         ),
         args.image_filter,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from hartist.generation.guidance import guidance_strength, guide
 from hartist.generation.noise import Noise
 from hartist.generation.sampling import SamplingSettings, sample_ids, smooth_vectors
+from hartist.generation.shortcuts import attended_spans, cells_to_compute, guidance_strengths, residual_strength
 from hartist.residual.denoise import denoise
 from hartist.residual.schedule import respaced_schedule
 from hartist.text.encoder import TextContext
@@ -30,8 +31,9 @@ class ScaleResult:
     num_scales: int
     grid: tuple[int, int]
     ids_Bl: Int[Tensor, "b l"]
+    """−1 in cells that were not computed (`last_scale_share`)."""
     logits_BlV: Float[Tensor, "b l v"]
-    """After guidance, before filtering."""
+    """After guidance, before filtering; −∞ in cells that were not computed."""
     f_hat_BChw: Float[Tensor, "b c h w"]
     """What the decoder would show now; at the last scale with residual tokens."""
     discrete_f_hat_BChw: Float[Tensor, "b c h w"]
@@ -81,48 +83,70 @@ def _generate(
     noise: Noise,
 ) -> Scales:
     schedule, batch = model.schedule, len(condition)
-    guided = settings.guidance > 0
     hold_last = model.config.residual is not None
-    shared = unconditional if guided and isinstance(unconditional, Prefix) else None
-    if guided and not isinstance(unconditional, Prefix):
+    strengths = guidance_strengths(settings, len(schedule), hold_last=hold_last)
+    with_residual = settings.residual and hold_last
+    t_residual = residual_strength(settings, strengths, hold_last=hold_last) if with_residual else 0.0
+    # The other branch is computed up to the last scale that it guides: later ones read the keys of earlier ones.
+    guided_scales = max((k + 1 for k, t in enumerate(strengths) if t), default=0)
+    if with_residual and t_residual not in (0.0, 1.0) and settings.guidance > 0:
+        guided_scales = len(schedule)
+    shared = unconditional if guided_scales and isinstance(unconditional, Prefix) else None
+    if guided_scales and not isinstance(unconditional, Prefix):
         condition = _stack(condition, unconditional)
     own = model.prepare(condition)
     prepared = join_prefix(own, shared) if shared is not None else own
-    cache = model.new_cache(2 * batch if guided else batch)
+    cache = model.new_cache(2 * batch if guided_scales else batch)
     clock = _Clock(quantizer.codebook.device)
     state: dict[str, Tensor | float] = {}
 
     def choose(k: int, f_hat_BChw: Tensor) -> Tensor:
+        nonlocal prepared, cache
+        guided = k < guided_scales
+        if k == guided_scales and k > 0:
+            prepared, cache = prepared.select(list(range(batch))), cache.rows(0, batch)
+        kept_Bm = None
+        if schedule.is_last(k) and k > 0 and settings.last_scale_share < 1:
+            kept_Bm = cells_to_compute(f_hat_BChw, settings.last_scale_share)
         if k == 0 and shared is not None:
             hidden = forward_prefix(model, own, shared, cache)
         else:
-            hidden = model.forward_scale(k, _scale_input(f_hat_BChw, k), prepared, cache)
-        t = guidance_strength(settings.guidance, k, len(schedule), hold_last=hold_last)
+            input_BlC = map_to_tokens(area_downsample(f_hat_BChw, schedule.grids[k])) if k > 0 else None
+            hidden = model.forward_scale(
+                k,
+                torch.cat([input_BlC, input_BlC]) if guided and input_BlC is not None else input_BlC,
+                prepared,
+                cache,
+                spans=attended_spans(schedule, model.config.prefix_tokens, k, settings.attended_scales),
+                kept_Bm=torch.cat([kept_Bm, kept_Bm]) if guided and kept_Bm is not None else kept_Bm,
+            )
         logits = model.logits(hidden, prepared)
-        logits_BlV = guide(logits[:batch], logits[batch:], t) if guided else logits
-        ids_Bl = sample_ids(logits_BlV, settings, k, noise.uniform(schedule.lengths[k]))
+        logits_BlV = guide(logits[:batch], logits[batch:], strengths[k]) if guided else logits
+        uniform_Bl = noise.uniform(schedule.lengths[k])
+        if kept_Bm is not None:
+            uniform_Bl = uniform_Bl.gather(1, kept_Bm)
+        ids_Bl = sample_ids(logits_BlV, settings, k, uniform_Bl)
         vectors_BlC = quantizer.lookup(ids_Bl)
         codes_BlC = vectors_BlC
         if settings.smoothing:
             fraction = guidance_strength(1.0, k, len(schedule), hold_last=hold_last)
-            gumbel = noise.gumbel(schedule.lengths[k], logits_BlV.shape[-1])
-            vectors_BlC = smooth_vectors(logits_BlV, fraction, gumbel, quantizer.codebook)
+            gumbel_BlV = noise.gumbel(schedule.lengths[k], logits_BlV.shape[-1])
+            if kept_Bm is not None:
+                gumbel_BlV = _gather_cells(gumbel_BlV, kept_Bm)
+            vectors_BlC = smooth_vectors(logits_BlV, fraction, gumbel_BlV, quantizer.codebook)
         state.update(ids=ids_Bl, logits=logits_BlV, residual_seconds=0.0)
-        state["vectors"] = vectors_BlC
-        if schedule.is_last(k) and settings.residual and hold_last:
+        state["vectors"] = _fill_cells(vectors_BlC, kept_Bm, schedule.lengths[k])
+        if schedule.is_last(k) and with_residual:
             start = clock.now()
-            if settings.residual_guidance is not None:
-                t = guidance_strength(settings.residual_guidance, k, len(schedule), hold_last=hold_last)
-            residual_BlC = residual_tokens(model, hidden, codes_BlC, t if guided else 0.0, settings, noise)
+            residual_BlC = residual_tokens(
+                model, hidden, codes_BlC, t_residual if guided else 0.0, settings, noise, kept_Bm
+            )
             vectors_BlC = vectors_BlC + residual_BlC
             state["residual_seconds"] = clock.now() - start
-        return vectors_BlC
-
-    def _scale_input(f_hat_BChw: Tensor, k: int) -> Tensor | None:
-        if k == 0:
-            return None
-        input_BlC = map_to_tokens(area_downsample(f_hat_BChw, schedule.grids[k]))
-        return torch.cat([input_BlC, input_BlC]) if guided else input_BlC
+        if kept_Bm is not None:
+            state["ids"] = _fill_cells(ids_Bl[..., None], kept_Bm, schedule.lengths[k], -1.0)[..., 0]
+            state["logits"] = _fill_cells(logits_BlV, kept_Bm, schedule.lengths[k], -torch.inf)
+        return _fill_cells(vectors_BlC, kept_Bm, schedule.lengths[k])
 
     start = quantizer.empty_latent(batch, schedule)
     before = start
@@ -149,7 +173,7 @@ def _generate(
         )
         before = step.f_hat_BChw
         if rows is not None and not schedule.is_last(step.k):
-            both = rows + [row + batch for row in rows] if guided else rows
+            both = rows + [row + batch for row in rows] if step.k < guided_scales else rows
             prepared, batch, before = prepared.select(both), len(rows), before[rows]
             cache.select(both)
             noise.select(rows)
@@ -164,14 +188,22 @@ def residual_tokens(
     t: float,
     settings: SamplingSettings,
     noise: Noise,
+    kept_Bl: Int[Tensor, "b l"] | None = None,
 ) -> Float[Tensor, "b l c"]:
     """Denoise the residual tokens of the last scale, guided with strength t.
 
-    `hidden` holds the conditional rows first, and the unconditional ones too unless t is 0.
+    `hidden` holds the conditional rows first, and the unconditional ones too unless t is 0. `kept_Bl`: which cells
+    these are, if not all; each gets the noise it would have among all.
     """
     config = model.config.residual
     assert config is not None
     batch, l, C = code_BlC.shape
+    cells = l if kept_Bl is None else model.schedule.lengths[-1]
+
+    def normal(_: int) -> Tensor:
+        drawn = noise.normal(cells, C)
+        return drawn if kept_Bl is None else _gather_cells(drawn.view(-1, cells, C), kept_Bl).flatten(0, 1)
+
     off = t in (0.0, 1.0)  # 1 means "off", as released
     if off:  # unconditional rows would be thrown away
         z_RlD = model.residual_condition(hidden[:batch], code_BlC)
@@ -181,12 +213,24 @@ def residual_tokens(
         model.residual_mlp,
         z_RlD.flatten(0, 1),
         1.0 if off else t,
-        lambda _: noise.normal(l, C),
+        normal,
         respaced_schedule(settings.diffusion_steps or config.steps),
         config.target_scale,
         settings.residual_temperature,
     )
     return tokens_RC[: batch * l].view(batch, l, C)
+
+
+def _gather_cells(x_BlC: Tensor, kept_Bm: Tensor) -> Tensor:
+    return x_BlC.gather(1, kept_Bm[..., None].expand(-1, -1, x_BlC.shape[-1]))
+
+
+def _fill_cells(x_BmC: Tensor, kept_Bm: Tensor | None, cells: int, value: float = 0.0) -> Tensor:
+    """All cells of a scale: the kept ones, and `value` in the others."""
+    if kept_Bm is None:
+        return x_BmC
+    full_BlC = x_BmC.new_full((len(x_BmC), cells, x_BmC.shape[-1]), value)
+    return full_BlC.scatter(1, kept_Bm[..., None].expand_as(x_BmC), x_BmC)
 
 
 def _stack(condition: TextContext | Tensor, unconditional: TextContext | Tensor) -> TextContext | Tensor:

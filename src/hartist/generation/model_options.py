@@ -26,6 +26,7 @@ class ModelOptions:
     use_ema: bool = True
     threads: int = 0
     """0: all cores."""
+    int8: bool = False
 
     def load(self) -> Pipeline:
         """Load the model. Raises UserError if that can't be done."""
@@ -42,11 +43,12 @@ class ModelOptions:
             text_model=self.text_model,
             tokenizer=self.tokenizer,
             use_ema=self.use_ema,
+            int8=self.int8,
         )
 
     def fingerprint(self) -> str:
         """Tells models on disk apart without reading all of them: names, sizes, beginnings and ends of their files."""
-        digest = hashlib.sha256(f"{self.dtype} {self.use_ema}".encode())
+        digest = hashlib.sha256(f"{self.dtype} {self.use_ema} {self.int8}".encode())
         for part in map(Path, filter(None, (self.model, self.text_model, self.tokenizer))):
             files = sorted(path for path in part.rglob("*") if path.is_file()) if part.is_dir() else [part]
             for path in files:

@@ -17,9 +17,12 @@ from hartist.generation.sampling import SamplingSettings
 
 MAX_PICTURES = 1_000_000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-SETTINGS = {name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(SamplingSettings).items()}
-"""What a line may set, and the types of each."""
-WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+SETTINGS = {
+    name: tuple(typing.get_origin(kind) or kind for kind in typing.get_args(hint) or (hint,))
+    for name, hint in typing.get_type_hints(SamplingSettings).items()
+}
+"""What a line may set, and the types of each; a tuple is a list of numbers."""
+WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of numbers"}
 FIELDS = ("prompt", "id", "seed", "n", "negative_prompt", *SETTINGS)
 
 
@@ -127,6 +130,8 @@ def _typed(values: Mapping[str, Any], name: str, kinds: tuple[type, ...], defaul
     value = values.get(name, default)
     if value is None:
         return None
+    if tuple in kinds and isinstance(value, list):
+        value = tuple(_typed({name: number}, name, (float,)) for number in value)
     allowed = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
         raise UserError(

@@ -20,9 +20,11 @@ from hartist.generation.loading import find_model, load_any
 from hartist.generation.loop import ScaleResult, Scales, generate_scales
 from hartist.generation.noise import ImageNoise
 from hartist.generation.sampling import SamplingSettings
+from hartist.generation.shortcuts import FAST, guidance_strengths
 from hartist.pixels import to_uint8
 from hartist.text.encoder import CachedTextEncoder, TextContext, unconditional_context
 from hartist.tokenizer.hybrid import HybridTokenizer
+from hartist.transformer.int8 import quantize_int8
 from hartist.transformer.prefix import Prefix, Prefixes
 
 MAX_PROMPT_CHARACTERS = 20_000
@@ -68,6 +70,7 @@ class Pipeline:
         self.transformer = model.transformer.to(self.device)
         self.text_encoder = CachedTextEncoder(model.text_encoder) if model.text_encoder else None
         self._prefixes = Prefixes(self.transformer)
+        self.int8 = False
 
     # ----------------------------------------------------------------- loading and saving
 
@@ -81,13 +84,15 @@ class Pipeline:
         text_model: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         use_ema: bool = True,
+        int8: bool = False,
     ) -> Pipeline:
         """Load a model: a directory, a Hugging Face Hub id, or nothing for the bundled one.
 
         Understands Hartist's own layout, the released HART layout (`llm/`, `tokenizer/`, and a Qwen2
         text model in `text_model`), and VAR's transformer `.pth` (with the autoencoder's `.pth` in
         `tokenizer`). `device` defaults to CUDA, then MPS, then CPU; `dtype` to bfloat16 on CUDA and
-        float32 elsewhere. Raises UserError if the model is unknown, damaged or foreign.
+        float32 elsewhere. `int8` makes the transformer's products in eight bits, on a CPU. Raises UserError if the
+        model is unknown, damaged or foreign.
         """
         chosen = choose_device(device)
         loaded = load_any(
@@ -97,10 +102,16 @@ class Pipeline:
             tokenizer=Path(tokenizer) if tokenizer else None,
             use_ema=use_ema,
         )
-        return cls(loaded, chosen)
+        pipe = cls(loaded, chosen)
+        if int8:
+            quantize_int8(pipe.transformer)
+            pipe.int8 = True
+        return pipe
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Write the model in Hartist's layout."""
+        """Write the model in Hartist's layout. Raises UserError for one whose weights were rounded to eight bits."""
+        if self.int8:
+            raise UserError("a model loaded with int8 can't be saved; load it without")
         save_model(self.model, Path(directory), dtype)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -196,6 +207,7 @@ class Pipeline:
         """
         settings = settings or self.model.settings
         self.check(requests, negative_prompt, batch_size)
+        guidance_strengths(settings, len(self.transformer.schedule), hold_last=True)  # refuses another number of scales
         truncated = self.truncated_tokens([request.prompt for request in requests])
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
@@ -230,17 +242,17 @@ class Pipeline:
         negative_prompt: str | None = None,
         batch_size: int = 4,
         callback: ScaleCallback | None = None,
+        fast: bool = False,
         **settings: Any,
     ) -> list[Image.Image]:
         """Images of one or several prompts (class labels for a class-conditional model).
 
         Image i of every prompt has the seed `seed + i`. Further keywords are the fields of
-        SamplingSettings (guidance, top_k, top_p, temperature, smoothing, residual, diffusion_steps, residual_guidance,
-        residual_temperature).
+        SamplingSettings (guidance, top_k, temperature, …), and `fast=True` adds the shortcuts of fast mode.
         """
         prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
         requests = make_requests(prompts, num_images, seed)
-        chosen = override(self.model.settings, **settings)
+        chosen = override(self.model.settings, **({**FAST, **settings} if fast else settings))
         generated = self.generate(
             requests, settings=chosen, negative_prompt=negative_prompt, batch_size=batch_size, callback=callback
         )

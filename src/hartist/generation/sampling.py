@@ -40,6 +40,15 @@ class SamplingSettings:
     residual_temperature: float = 1.0
     """Scale of the noise added between denoising steps; 0 adds none."""
 
+    guidance_by_scale: tuple[float, ...] | None = None
+    """Shares of `guidance`, one a scale, coarse to fine; None grows linearly from 0 to 1, as in VAR."""
+    unguided_scales: int = 0
+    """So many of the last scales have no guidance, and cost half."""
+    attended_scales: int | None = None
+    """A scale attends to the context, the coarse half of all scales, and so many scales before it; None: to all."""
+    last_scale_share: float = 1.0
+    """Share of the last scale's cells that are computed, those with most detail; the others add nothing."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.guidance <= 100:
             raise UserError(f"guidance {self.guidance} is outside 0..100; the usual value is 4.5")
@@ -57,6 +66,14 @@ class SamplingSettings:
             )
         if self.diffusion_steps is not None and not 1 <= self.diffusion_steps <= 1000:
             raise UserError(f"{self.diffusion_steps} diffusion steps; choose between 1 and 1000")
+        if self.guidance_by_scale is not None and not all(0 <= share <= 10 for share in self.guidance_by_scale):
+            raise UserError(f"guidance by scale {self.guidance_by_scale} is outside 0..10; 1 is the whole guidance")
+        if not 0 <= self.unguided_scales <= 1000:
+            raise UserError(f"{self.unguided_scales} unguided scales; choose 0 or more")
+        if self.attended_scales is not None and self.attended_scales < 1:
+            raise UserError(f"{self.attended_scales} attended scales; 1 is the one before alone")
+        if not 0 < self.last_scale_share <= 1:
+            raise UserError(f"last-scale share {self.last_scale_share} is outside 0..1; 1 computes all cells")
 
     def top_k_at(self, k: int) -> int:
         return RELEASED_TOP_K[k >= 7] if self.top_k is None else self.top_k

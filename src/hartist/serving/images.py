@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from hartist.generation.pipeline import check_prompt, check_text, override
 from hartist.generation.png import convert_png
+from hartist.generation.shortcuts import FAST
 from hartist.serving.errors import ApiError, as_api_error, body_of
 from hartist.serving.metrics import Metrics
 from hartist.serving.pauses import with_pauses
@@ -49,7 +50,7 @@ class ImageService:
                 raise ApiError(400, f"{name} may have {self.max_prompt} characters", code="string_too_long", param=name)
         await self._check_prompt(request)
         changes = {name: getattr(request, name) for name in SETTINGS if getattr(request, name) is not None}
-        settings = override(self.info.settings, **changes)
+        settings = override(self.info.settings, **({**FAST, **changes} if request.fast else changes))
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         previews = preview_scales(request, self.info.num_scales)
         return [

@@ -55,6 +55,8 @@ class ImageRequest(BaseModel):
     residual: bool | None = Field(None, strict=True, description="Add residual tokens (the hybrid path).")
     diffusion_steps: int | None = Field(None, ge=1, le=1000, strict=True, description="Of the residual tokens.")
 
+    fast: bool | None = Field(None, strict=True, description="Take shortcuts: sooner, a little less exact.")
+
     @model_validator(mode="before")
     @classmethod
     def _few_fields(cls, values: Any) -> Any:

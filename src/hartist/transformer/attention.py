@@ -13,7 +13,7 @@ from hartist.config import TransformerConfig
 from hartist.layers import Linear, steady_linear
 from hartist.transformer.attend import attend
 from hartist.transformer.block_causal import Runs
-from hartist.transformer.cache import KVCache
+from hartist.transformer.cache import KVCache, Spans
 from hartist.transformer.positions import Rope, apply_rope
 
 MAX_LOG_SCALE = math.log(100)
@@ -42,8 +42,9 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         keep: bool = True,
+        spans: Spans | None = None,
     ) -> Float[Tensor, "b l d"]:
-        """Attend within x and to what `cache` holds; with `runs`, block-causally within x."""
+        """Attend within x and to what `cache` holds, or these spans of it; with `runs`, block-causally within x."""
         B, l, D = x_BlD.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         if isinstance(self.qkv, Linear):
@@ -58,6 +59,6 @@ class Attention(nn.Module):
         if rope is not None:
             q_BNlE, k_BNlE = apply_rope(q_BNlE, rope), apply_rope(k_BNlE, rope)
         if cache is not None:
-            k_BNlE, v_BNlE = cache.join(layer, k_BNlE, v_BNlE, keep=keep)
+            k_BNlE, v_BNlE = cache.join(layer, k_BNlE, v_BNlE, keep=keep, spans=spans)
         y_BNlE = attend(q_BNlE, k_BNlE, v_BNlE, self.scale, runs)
         return self.proj(y_BNlE.transpose(1, 2).reshape(B, l, D))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -11,7 +13,7 @@ from hartist.config import TransformerConfig
 from hartist.layers import Linear, steady_linear
 from hartist.transformer.attention import Attention
 from hartist.transformer.block_causal import Runs
-from hartist.transformer.cache import KVCache
+from hartist.transformer.cache import KVCache, Spans
 from hartist.transformer.positions import Rope
 
 
@@ -112,13 +114,15 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         keep: bool = True,
+        spans: Spans | None = None,
     ) -> Float[Tensor, "b l d"]:
+        attend = functools.partial(self.attn, rope=rope, runs=runs, cache=cache, layer=layer, keep=keep, spans=spans)
         if modulation_B6D is None:
-            x_BlD = x_BlD + self.attn(self.norm(x_BlD), rope, runs=runs, cache=cache, layer=layer, keep=keep)
+            x_BlD = x_BlD + attend(self.norm(x_BlD))
             return x_BlD + self.mlp(self.norm(x_BlD))
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation_B6D[:, :, None].unbind(1)
         y_BlD = self.norm(x_BlD) * (1 + scale1) + shift1
-        x_BlD = x_BlD + gain1 * self.attn(y_BlD, rope, runs=runs, cache=cache, layer=layer, keep=keep)
+        x_BlD = x_BlD + gain1 * attend(y_BlD)
         y_BlD = self.norm(x_BlD) * (1 + scale2) + shift2
         return x_BlD + gain2 * self.mlp(y_BlD)
 

@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Spans = tuple[tuple[int, int], ...]
+"""Parts of what a cache holds, as (start, end)."""
+
 
 class KVCache:
     """One pair of preallocated B×N×capacity×E buffers a layer, in the layout attention reads.
@@ -30,19 +33,33 @@ class KVCache:
         self.lengths = [0] * layers
 
     def join(
-        self, layer: int, k_BNlE: Float[Tensor, "b n l e"], v_BNlE: Float[Tensor, "b n l e"], *, keep: bool
+        self,
+        layer: int,
+        k_BNlE: Float[Tensor, "b n l e"],
+        v_BNlE: Float[Tensor, "b n l e"],
+        *,
+        keep: bool,
+        spans: Spans | None = None,
     ) -> tuple[Float[Tensor, "b n t e"], Float[Tensor, "b n t e"]]:
-        """Keys and values so far with the new ones behind them; `keep` stores the new ones."""
+        """Keys and values so far, or these spans of them, with the new ones behind; `keep` stores the new ones."""
         start = self.lengths[layer]
         keys, values = self.keys[layer], self.values[layer]
-        if not keep:
-            return torch.cat([keys[:, :, :start], k_BNlE], 2), torch.cat([values[:, :, :start], v_BNlE], 2)
+        if spans is not None or not keep:
+            parts = spans or ((0, start),)
+            joined = [
+                torch.cat([*(old[:, :, a:b] for a, b in parts), new], 2)
+                for old, new in ((keys, k_BNlE), (values, v_BNlE))
+            ]
+            if not keep:
+                return joined[0], joined[1]
         end = start + k_BNlE.shape[2]
         if end > keys.shape[2]:
             raise ValueError(f"the cache holds {keys.shape[2]} tokens, {end} are needed")
         keys[:, :, start:end] = k_BNlE
         values[:, :, start:end] = v_BNlE
         self.lengths[layer] = end
+        if spans is not None:
+            return joined[0], joined[1]
         return keys[:, :, :end], values[:, :, :end]
 
     def rows(self, start: int, end: int) -> KVCache:

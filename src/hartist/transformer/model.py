@@ -23,7 +23,7 @@ from hartist.scales import ScaleSchedule
 from hartist.text.encoder import TextContext
 from hartist.transformer.block_causal import Runs
 from hartist.transformer.blocks import Block, Head, Modulation, RMSNorm
-from hartist.transformer.cache import KVCache
+from hartist.transformer.cache import KVCache, Spans
 from hartist.transformer.positions import Rope, cell_coordinates, rope_image, rope_text
 
 
@@ -192,20 +192,30 @@ class ScaleTransformer(nn.Module):
     # ----------------------------------------------------------------- forward passes
 
     def forward_scale(
-        self, k: int, input_BlC: Float[Tensor, "b l c"] | None, condition: Condition, cache: KVCache
-    ) -> Float[Tensor, "b l d"]:
+        self,
+        k: int,
+        input_BlC: Float[Tensor, "b l c"] | None,
+        condition: Condition,
+        cache: KVCache,
+        *,
+        spans: Spans | None = None,
+        kept_Bm: Int[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b m d"]:
         """One autoregressive step: hidden states of scale k's cells; `input_BlC` is None for k = 0.
 
         The input is f_hat so far, area-downsampled to the scale's grid. For k = 0 the prefix runs, and
-        its last l_1 tokens are returned.
+        its last l_1 tokens are returned. `spans`: the cached keys to attend to, instead of all. `kept_Bm`: the cells
+        of the last scale to compute, as training with token subsampling sees them (paper section 3.3).
         """
         if input_BlC is None:
             x_BlD, rope = condition.prefix_BSD, condition.prefix_rope
         else:
             x_BlD, rope = self._embed_scale(k, input_BlC), self._scale_rope(k, condition.offset_B)
+            if kept_Bm is not None:
+                x_BlD, rope = _keep_cells(x_BlD, rope, kept_Bm)
         keep = not self.schedule.is_last(k)
         for layer, block in enumerate(self.blocks):
-            x_BlD = block(x_BlD, condition.modulations[layer], rope, cache=cache, layer=layer, keep=keep)
+            x_BlD = block(x_BlD, condition.modulations[layer], rope, cache=cache, layer=layer, keep=keep, spans=spans)
         return x_BlD[:, -self.schedule.lengths[k] :]
 
     def forward_all(
@@ -227,8 +237,7 @@ class ScaleTransformer(nn.Module):
             x_BlD = self._embed_scale(k, scale_input_BlC)
             rope = self._scale_rope(k, condition.offset_B)
             if kept_Bm is not None and self.schedule.is_last(k):
-                x_BlD = x_BlD.gather(1, kept_Bm[..., None].expand(-1, -1, x_BlD.shape[-1]))
-                rope = rope.select(kept_Bm) if rope is not None else None
+                x_BlD, rope = _keep_cells(x_BlD, rope, kept_Bm)
             x.append(x_BlD)
             ropes.append(rope)
         x_BTD = torch.cat(x, 1)
@@ -251,6 +260,11 @@ class ScaleTransformer(nn.Module):
     ) -> Float[Tensor, "b l d"]:
         """The residual MLP's condition: norm(hidden + word_embed(chosen code)) (paper section 3.2)."""
         return self.residual_norm(hidden_BlD + self.word_embed(code_BlC.to(self.dtype)))
+
+
+def _keep_cells(x_BlD: Tensor, rope: Rope | None, kept_Bm: Tensor) -> tuple[Tensor, Rope | None]:
+    x_BmD = x_BlD.gather(1, kept_Bm[..., None].expand(-1, -1, x_BlD.shape[-1]))
+    return x_BmD, rope.select(kept_Bm) if rope is not None else None
 
 
 def _masked_mean(x_BSD: Tensor, mask_BS: Tensor) -> Tensor:

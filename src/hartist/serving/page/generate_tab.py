@@ -71,6 +71,7 @@ class GenerateTab:
             self.count = gr.Number(1, label="Pictures", min_width=80)
             self.seed = gr.Textbox(label="Seed", placeholder="random", max_lines=1, min_width=80, elem_id="seed")
             self.guidance = gr.Number(None, label="Guidance", step=0.5, min_width=80)
+            self.fast = gr.Checkbox(False, label="Fast", info="less exact", min_width=80, elem_id="fast")
         with gr.Row(elem_id="buttons"):
             self.go = gr.Button("Generate", variant="primary", elem_id="go")
             self.halt = gr.Button("Stop", variant="stop", elem_id="halt")
@@ -88,6 +89,7 @@ class GenerateTab:
             self.count,
             self.seed,
             self.guidance,
+            self.fast,
             self.temperature,
             self.top_k,
             self.steps,
@@ -103,6 +105,7 @@ class GenerateTab:
         count: Any,
         seed: Any,
         guidance: Any,
+        fast: Any,
         temperature: Any,
         top_k: Any,
         steps: Any,
@@ -116,6 +119,7 @@ class GenerateTab:
                 count,
                 seed,
                 guidance=guidance,
+                fast=fast,
                 temperature=temperature,
                 top_k=top_k,
                 diffusion_steps=steps,
@@ -199,6 +203,7 @@ class GenerateTab:
             self.examples: gr.update(visible=info.name == BUNDLED),
             self.seed: str(asked.seed) if asked and asked.seed is not None else "",
             self.guidance: setting("guidance"),
+            self.fast: bool(asked and asked.fast),
             self.temperature: setting("temperature"),
             self.top_k: setting("top_k"),
             self.steps: setting("diffusion_steps"),

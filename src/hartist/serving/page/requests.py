@@ -6,7 +6,9 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from hartist.errors import UserError
+from hartist.generation.pipeline import override
 from hartist.generation.sampling import SamplingSettings
+from hartist.generation.shortcuts import FAST, is_fast
 from hartist.serving.schemas import ImageRequest
 from hartist.serving.tasks import ImageTask
 
@@ -34,7 +36,7 @@ def from_query(query: str) -> ImageRequest | None:
     for name, text in parse_qsl(query.removeprefix("?")):
         if name in ("prompt", "negative_prompt"):
             found[name] = text
-        elif name == "residual":
+        elif name in ("residual", "fast"):
             found[name] = bool(_number(name, text, int))
         elif name in NUMBERS:
             found[name] = _number(name, text)
@@ -44,6 +46,9 @@ def from_query(query: str) -> ImageRequest | None:
 def to_query(task: ImageTask, own: SamplingSettings) -> str:
     """The query of a link to a picture: prompt, seed, guidance, and what differs from the model's own settings."""
     values = {"prompt": task.prompt, "seed": task.seed, "guidance": task.settings.guidance}
+    if is_fast(task.settings) and not is_fast(own):
+        values["fast"] = 1
+        own = override(own, **FAST)
     for name in ("temperature", "top_k", "top_p", "residual", "diffusion_steps"):
         value = getattr(task.settings, name)
         if value != getattr(own, name):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from hartist.generation.shortcuts import is_fast
 from hartist.serving.images import encode, size_of
 from hartist.serving.page.requests import to_query
 from hartist.serving.results import Results
@@ -91,6 +92,7 @@ class Stage:
             "Top-k": {0: "all", None: "as released"}.get(own.top_k, own.top_k),
             "Residual tokens": "on" if own.residual else "off",
             "Diffusion steps": "the model's own" if own.diffusion_steps is None else own.diffusion_steps,
+            "Mode": "fast" if is_fast(own) else "exact",
             "Model": self.info.name,
             "Size": size_of(self.info),
         }
