@@ -138,10 +138,10 @@ def draw(pipe: Pipeline, prompts: Sequence[CaptionedImage], settings: SamplingSe
     return Drawn(pixels, seconds / len(prompts))
 
 
-def different_prompts(data: Path, count: int) -> list[CaptionedImage]:
-    """Held-out pictures of different texts, in an order that has to do with nothing."""
+def different_prompts(data: Path, count: int, split: str = "validation") -> list[CaptionedImage]:
+    """Pictures of different texts, in an order that has to do with nothing."""
     rows: dict[str, CaptionedImage] = {}
-    for row in load_rows(data, "validation"):
+    for row in load_rows(data, split):
         rows.setdefault(row.text, row)
     return list(rows.values())[:count]
 

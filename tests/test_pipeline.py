@@ -500,3 +500,16 @@ def one_line(action: object) -> str:
     assert "\n" not in message
     assert message
     return message
+
+
+def test_without_its_text_encoder_a_pipeline_draws_the_prompts_it_had(text_directory: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(text_directory, device="cpu", text_device="cpu")
+    expected = [image.tobytes() for image in pipe(["a cat", "a red apple"], negative_prompt="flat")]
+    pipe = Pipeline.from_pretrained(text_directory, device="cpu")
+    pipe.unload_text_encoder(["a cat", "a red apple", "flat"])
+    assert pipe.model.text_encoder is None
+    assert [image.tobytes() for image in pipe(["a cat", "a red apple"], negative_prompt="flat")] == expected
+    with pytest.raises(UserError, match="text encoder was unloaded"):
+        pipe("a green apple")
+    with pytest.raises(UserError, match="can't be saved"):
+        pipe.save_pretrained(tmp_path / "copy")

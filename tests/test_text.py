@@ -507,6 +507,9 @@ class CountingEncoder:
         states = torch.tensor([[[float(len(prompt))]] * 2 for prompt in prompts])
         return TextContext(states, states[..., 0] >= 0, torch.arange(2).expand(len(prompts), 2))
 
+    def to(self, device: object) -> CountingEncoder:
+        return self
+
     def count_truncated_tokens(self, prompts: list[str]) -> list[int]:
         return [0 for _ in prompts]
 
@@ -536,3 +539,18 @@ def test_the_cache_returns_what_the_encoder_returns(bert: MiniLMEncoder) -> None
     assert cached.count_truncated_tokens(PROMPTS) == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="at least 1"):
         CachedTextEncoder(bert, max_prompts=0)
+
+
+def test_an_encoder_that_was_unloaded_knows_the_prompts_it_had(tmp_path: Path) -> None:
+    encoder = CachedTextEncoder(load_text_encoder(write_tiny_bert(tmp_path / "bert"), num_tokens=6), max_prompts=1)
+    prompts = ["a red apple", "a cat on a red table, a green apple, a word", ""]
+    expected, counts, facts = encoder.encode(prompts), encoder.count_truncated_tokens(prompts), (6, encoder.dim)
+    encoder.unload(prompts)
+    assert encoder.encoder is None
+    assert torch.equal(encoder.encode(prompts).states_BSC, expected.states_BSC)
+    assert encoder.count_truncated_tokens(prompts) == counts
+    assert counts[1] > 0
+    assert (encoder.num_tokens, encoder.dim) == facts
+    for ask in (encoder.encode, encoder.count_truncated_tokens):
+        with pytest.raises(UserError, match="text encoder was unloaded"):
+            ask(["a cat"])

@@ -44,10 +44,11 @@ def add_model(parser: Any) -> None:
     parser.add_argument("--model", metavar="MODEL", help=MODEL)
 
 
-def add_int8(parser: Any) -> None:
+def add_precision(parser: Any) -> None:
     parser.add_argument(
         "--int8", action="store_true", help="matrix products of the transformer in eight bits (CPU): faster, less exact"
     )
+    parser.add_argument("--text-device", metavar="DEVICE", help="where prompts are encoded (default: --device)")
 
 
 def add_images_out(parser: argparse.ArgumentParser) -> None:

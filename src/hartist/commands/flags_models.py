@@ -12,8 +12,8 @@ from hartist.commands.flags import (
     add_device,
     add_foreign_parts,
     add_images_out,
-    add_int8,
     add_model,
+    add_precision,
     add_threads,
 )
 
@@ -113,7 +113,10 @@ def add_generate(commands: Any) -> None:
     group.add_argument(
         "--last-scale-share", type=float, metavar="P", help="compute this share of the last scale's cells"
     )
-    add_int8(group)
+    add_precision(group)
+    group.add_argument(
+        "--unload-text", action="store_true", help="free the text encoder's memory as soon as all prompts are encoded"
+    )
     add_device(parser)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hartist.commands.flags import add_command, add_device, add_foreign_parts, add_int8, add_model
+from hartist.commands.flags import add_command, add_device, add_foreign_parts, add_model, add_precision
 
 
 def add_serve(commands: Any) -> None:
@@ -37,7 +37,7 @@ def add_serve(commands: Any) -> None:
         "--images-per-minute", type=int, default=0, metavar="N", help="a key's (or address's) rate (default: no limit)"
     )
     work = parser.add_argument_group("work")
-    add_int8(work)
+    add_precision(work)
     work.add_argument("--workers", type=int, default=1, metavar="N", help="processes with a model (default: 1)")
     work.add_argument("--max-batch", type=int, default=8, metavar="N", help="images at a time (default: %(default)s)")
     work.add_argument(

@@ -63,10 +63,13 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         use_ema=not args.no_ema,
         int8=args.int8,
+        text_device=args.text_device,
     )
     check_size(args.size, pipe)
     pipe.check(requests, args.negative_prompt, args.batch_size)
     warn_of_truncation(pipe, prompts, args.negative_prompt)
+    if args.unload_text:
+        pipe.unload_text_encoder([*prompts, *filter(None, [args.negative_prompt])])
     paths = write_images(
         pipe,
         requests,

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> int:
         not args.no_ema,
         args.threads or 1,  # with another number, pictures may differ by rounding
         args.int8,
+        args.text_device,
     )
     model = options.fingerprint()
     with Manifest(args.out) as manifest:

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
             not args.no_ema,
             threads_each(args.threads, args.max_replicas or args.workers, args.ray_address),
             args.int8,
+            args.text_device,
         ),
         args.image_filter,
     )

@@ -27,6 +27,7 @@ class ModelOptions:
     threads: int = 0
     """0: all cores."""
     int8: bool = False
+    text_device: str | None = None
 
     def load(self) -> Pipeline:
         """Load the model. Raises UserError if that can't be done."""
@@ -44,6 +45,7 @@ class ModelOptions:
             tokenizer=self.tokenizer,
             use_ema=self.use_ema,
             int8=self.int8,
+            text_device=self.text_device,
         )
 
     def fingerprint(self) -> str:

@@ -64,12 +64,17 @@ class Pipeline:
     It keeps what depends on the weights and on nothing else: make another after changing them.
     """
 
-    def __init__(self, model: LoadedModel, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: LoadedModel, device: torch.device | str = "cpu", text_device: torch.device | str | None = None
+    ) -> None:
         self.model = model
         self.device = torch.device(device)
         self.tokenizer = fast_layout(model.tokenizer.to(self.device))
         self.transformer = model.transformer.to(self.device)
-        self.text_encoder = CachedTextEncoder(model.text_encoder) if model.text_encoder else None
+        self.text_encoder = None
+        if model.text_encoder is not None:
+            model.text_encoder.to(text_device or self.device)
+            self.text_encoder = CachedTextEncoder(model.text_encoder)
         self._prefixes = Prefixes(self.transformer)
         self.int8 = False
 
@@ -86,13 +91,14 @@ class Pipeline:
         tokenizer: str | os.PathLike[str] | None = None,
         use_ema: bool = True,
         int8: bool = False,
+        text_device: str | None = None,
     ) -> Pipeline:
         """Load a model: a directory, a Hugging Face Hub id, or nothing for the bundled one.
 
         Understands Hartist's own layout, the released HART layout (`llm/`, `tokenizer/`, and a Qwen2
         text model in `text_model`), and VAR's transformer `.pth` (with the autoencoder's `.pth` in
         `tokenizer`). `device` defaults to CUDA, then MPS, then CPU; `dtype` to bfloat16 on CUDA and
-        float32 elsewhere. `int8` makes the transformer's products in eight bits, on a CPU. Raises UserError if the
+        float32 elsewhere. `text_device` is where prompts are encoded, if elsewhere. `int8` makes the transformer's products in eight bits, on a CPU. Raises UserError if the
         model is unknown, damaged or foreign.
         """
         chosen = choose_device(device)
@@ -103,7 +109,7 @@ class Pipeline:
             tokenizer=Path(tokenizer) if tokenizer else None,
             use_ema=use_ema,
         )
-        pipe = cls(loaded, chosen)
+        pipe = cls(loaded, chosen, choose_device(text_device) if text_device else None)
         if int8:
             quantize_int8(pipe.transformer)
             pipe.int8 = True
@@ -113,6 +119,8 @@ class Pipeline:
         """Write the model in Hartist's layout. Raises UserError for one whose weights were rounded to eight bits."""
         if self.int8:
             raise UserError("a model loaded with int8 can't be saved; load it without")
+        if self.text_encoder is not None and self.model.text_encoder is None:
+            raise UserError("a model whose text encoder was unloaded can't be saved; load it anew")
         save_model(self.model, Path(directory), dtype)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -138,6 +146,15 @@ class Pipeline:
     @property
     def is_class_conditional(self) -> bool:
         return self.transformer.config.condition == "class"
+
+    def unload_text_encoder(self, prompts: Sequence[str]) -> None:
+        """Encode these prompts, negative ones included, and free the text encoder: no others can be drawn then.
+
+        The released model's text encoder has twice the transformer's parameters.
+        """
+        if self.text_encoder is not None:
+            self.text_encoder.unload(prompts)
+            self.model = dataclasses.replace(self.model, text_encoder=None)
 
     # ----------------------------------------------------------------- the five verbs
 
@@ -291,9 +308,9 @@ class Pipeline:
 
     def truncated_tokens(self, prompts: Sequence[str | int]) -> list[int]:
         """Tokens at the end of each prompt that don't fit into the context."""
-        if self.model.text_encoder is None:
+        if self.text_encoder is None:
             return [0] * len(prompts)
-        return self.model.text_encoder.count_truncated_tokens([str(prompt) for prompt in prompts])
+        return self.text_encoder.count_truncated_tokens([str(prompt) for prompt in prompts])
 
 
 def check_prompt(prompt: str | int) -> None:

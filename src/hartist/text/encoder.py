@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hartist.errors import UserError
+
 
 @dataclass(frozen=True)
 class TextContext:
@@ -100,6 +102,10 @@ class TextEncoder(Protocol):
         """The context of `prompts` (at least one; an empty prompt is allowed)."""
         ...
 
+    def to(self, device: torch.device | str) -> object:
+        """Compute there from now on."""
+        ...
+
     def count_truncated_tokens(self, prompts: Sequence[str]) -> list[int]:
         """How many tokens at the end of each prompt `encode` would leave out; 0 where it fits."""
         ...
@@ -107,6 +113,10 @@ class TextEncoder(Protocol):
     def fingerprint(self) -> str:
         """A hash of everything the states depend on: weights, tokenizer, lengths, instruction."""
         ...
+
+
+UNLOAD_BATCH = 8
+"""Prompts encoded at once before the encoder is given up."""
 
 
 class CachedTextEncoder:
@@ -118,18 +128,36 @@ class CachedTextEncoder:
     def __init__(self, encoder: TextEncoder, max_prompts: int = 256) -> None:
         if max_prompts < 1:
             raise ValueError(f"max_prompts must be at least 1, got {max_prompts}")
-        self.encoder = encoder
+        self.encoder: TextEncoder | None = encoder
         self.max_prompts = max_prompts
+        self._facts = (encoder.num_tokens, encoder.dim)
+        self._truncated: dict[str, int] = {}
+        """Of the prompts that were kept when the encoder was given up."""
         self._contexts: OrderedDict[str, TextContext] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def num_tokens(self) -> int:
-        return self.encoder.num_tokens
+        return self._facts[0]
 
     @property
     def dim(self) -> int:
-        return self.encoder.dim
+        return self._facts[1]
+
+    def to(self, device: torch.device | str) -> CachedTextEncoder:
+        self._loaded().to(device)
+        return self
+
+    def unload(self, prompts: Sequence[str]) -> None:
+        """Encode these prompts, then free the encoder's memory: no others can be encoded from then on."""
+        kept = list(dict.fromkeys(prompts))
+        self.max_prompts = max(self.max_prompts, len(kept))
+        counts = self.count_truncated_tokens(kept)
+        for start in range(0, len(kept), UNLOAD_BATCH):
+            self.encode(kept[start : start + UNLOAD_BATCH])
+        with self._lock:
+            self._truncated = dict(zip(kept, counts, strict=True))
+            self.encoder = None
 
     def encode(self, prompts: Sequence[str]) -> TextContext:
         with self._lock:
@@ -137,7 +165,7 @@ class CachedTextEncoder:
             missing = [prompt for prompt in wanted if prompt not in self._contexts]
             found = {prompt: self._contexts[prompt] for prompt in wanted if prompt in self._contexts}
             if missing:
-                encoded = self.encoder.encode(missing)
+                encoded = self._loaded().encode(missing)
                 # Picking by index copies: a row that stays in the cache does not keep its batch alive.
                 found |= {prompt: encoded.select([i]) for i, prompt in enumerate(missing)}
             for prompt in wanted:
@@ -148,7 +176,14 @@ class CachedTextEncoder:
             return TextContext.cat([found[prompt] for prompt in prompts])
 
     def count_truncated_tokens(self, prompts: Sequence[str]) -> list[int]:
-        return self.encoder.count_truncated_tokens(prompts)
+        if self.encoder is None and all(prompt in self._truncated for prompt in prompts):
+            return [self._truncated[prompt] for prompt in prompts]
+        return self._loaded().count_truncated_tokens(prompts)
 
     def fingerprint(self) -> str:
-        return self.encoder.fingerprint()
+        return self._loaded().fingerprint()
+
+    def _loaded(self) -> TextEncoder:
+        if self.encoder is None:
+            raise UserError("the text encoder was unloaded; only prompts that were given then can be drawn")
+        return self.encoder

@@ -79,6 +79,11 @@ class MiniLMEncoder:
             [self._encode_rows(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
         )
 
+    def to(self, device: torch.device | str) -> MiniLMEncoder:
+        """Compute there from now on."""
+        self.model.to(device)
+        return self
+
     def count_truncated_tokens(self, prompts: Sequence[str]) -> list[int]:
         return [tokenize(self.tokenizer, prompt).num_dropped for prompt in prompts]
 

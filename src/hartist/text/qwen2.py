@@ -98,6 +98,11 @@ class Qwen2Encoder:
         rows = [self._states(ids_BS[i : i + 1], mask_BS[i : i + 1]) for i in range(len(prompts))]
         return context_from_states(torch.cat(rows), mask_BS)
 
+    def to(self, device: torch.device | str) -> Qwen2Encoder:
+        """Compute there from now on."""
+        self.model.to(device)
+        return self
+
     def count_truncated_tokens(self, prompts: Sequence[str]) -> list[int]:
         return [tokenize(self.tokenizer, prompt).num_dropped for prompt in prompts]
 
