@@ -1,9 +1,10 @@
 """What fast mode saves and costs, shortcut by shortcut: python benchmarks/fast_mode.py --data DIR --out DIR
 
-Each variant draws the same prompts of the training split with the same seeds: time an image, PSNR to the exact pictures, distances
-to the real pictures of these prompts, and with --align (from `hartist evaluate align`, of the model's size) how often
-a picture finds its own prompt. Times are of batches taken in turns, variant after variant, before anything is drawn
-for measuring; ratios are of a round. To resume, run the same command again: finished figures are in OUT/results.json.
+Each variant draws the same prompts of the training split with the same seeds: time an image, PSNR to the exact
+pictures, distances to the real pictures of these prompts, and with --align (from `hartist evaluate align`, of the
+model's size) how often a picture finds its own prompt. Times are of batches taken in turns, variant after variant,
+before anything is drawn for measuring; ratios are of a round. To resume, run the same command again: finished figures
+are in OUT/results.json.
 """
 
 from __future__ import annotations

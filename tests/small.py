@@ -134,6 +134,9 @@ class WordEncoder:
                 mask[row, i] = True
         return context_from_states(states, mask)
 
+    def to(self, device: object) -> WordEncoder:
+        return self
+
     def count_truncated_tokens(self, prompts: Sequence[str]) -> list[int]:
         return [max(0, 1 + len(prompt.split()) - self.num_tokens) for prompt in prompts]
 

@@ -33,6 +33,7 @@ from hartist.training.lora import merged
 from hartist.training.parallel import World
 from hartist.training.subsampling import drop_ratio, kept_count, kept_positions
 from hartist.training.token_shards import Cache, TokenCache, spread_rows
+from hartist.transformer.block_causal import keep_out_of_compiled_blocks
 from hartist.transformer.model import ScaleTransformer
 
 REPAIR = SamplingSettings(top_k=600, top_p=0.96)
@@ -79,6 +80,7 @@ class GeneratorStage:
         self.transformer = model.transformer.to(self.device)
         self.transformer.activation_checkpointing = run.activation_checkpointing
         if run.compile:
+            keep_out_of_compiled_blocks()
             for block in self.transformer.blocks:
                 block.compile(dynamic=True)  # the number of kept cells changes from step to step
         self.quantizer = model.tokenizer.quantizer.to(self.device)

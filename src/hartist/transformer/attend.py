@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from hartist.transformer.block_causal import Runs, block_causal_attention
+from hartist.transformer import block_causal
+from hartist.transformer.block_causal import Runs
 
 BLOCK_BYTES = 4 * 2**20
 """Scores of one block of queries: what stays in a server core's last-level cache between the two products."""
@@ -23,7 +24,7 @@ def attend(
 ) -> Float[Tensor, "b n l e"]:
     """Attention of every query to all keys; with `runs`, block-causal."""
     if runs is not None:
-        return block_causal_attention(q_BNlE, k_BNtE, v_BNtE, scale, runs)
+        return block_causal.block_causal_attention(q_BNlE, k_BNtE, v_BNtE, scale, runs)
     l = q_BNlE.shape[2]
     inference = not torch.is_grad_enabled()
     if inference and l >= MIN_QUERIES and q_BNlE.device.type == "cpu" and q_BNlE.dtype == torch.bfloat16:

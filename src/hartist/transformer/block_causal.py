@@ -10,15 +10,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from hartist.transformer.prefix_attention import prefix_attention
+
+if TYPE_CHECKING:  # importing it brings PyTorch's compiler along, which takes a second
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,6 @@ class Runs:
     lengths: tuple[int, ...]
 
 
-# Kept out of compiled blocks: the lengths change from step to step, and each form is one call of kernels anyway.
-@torch.compiler.disable
 def block_causal_attention(
     q_BNtE: Float[Tensor, "b n t e"],
     k_BNtE: Float[Tensor, "b n t e"],
@@ -50,6 +50,13 @@ def block_causal_attention(
     return F.scaled_dot_product_attention(q_BNtE, k_BNtE, v_BNtE, attn_mask=mask_TT, scale=scale)
 
 
+def keep_out_of_compiled_blocks() -> None:
+    """To be called before blocks are compiled: lengths change from step to step, and each form is one call anyway."""
+    global block_causal_attention
+    if not hasattr(block_causal_attention, "_torchdynamo_disable"):
+        block_causal_attention = torch.compiler.disable(block_causal_attention)
+
+
 @functools.lru_cache(maxsize=4)
 def dense_mask(lengths: tuple[int, ...], device: str = "cpu") -> Bool[Tensor, "t t"]:
     """True where a query (row) may see a key."""
@@ -60,6 +67,8 @@ def dense_mask(lengths: tuple[int, ...], device: str = "cpu") -> Bool[Tensor, "t
 @functools.lru_cache(maxsize=4)
 def flex_mask(lengths: tuple[int, ...], device: str = "cpu") -> BlockMask:
     """The same rule for FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
     level_T = _levels(lengths, device)
     tokens = sum(lengths)
     # No named function: where shapes are checked, its wrapper would hide the four arguments that are looked for.
@@ -81,10 +90,14 @@ def attend_flex(
     mask: BlockMask,
 ) -> Float[Tensor, "b n t e"]:
     """Compiled on CUDA; elsewhere FlexAttention's plain form, which is slow and there to be compared with."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     attention: Any = _compiled() if q_BNtE.device.type == "cuda" else flex_attention
     return attention(q_BNtE, k_BNtE, v_BNtE, block_mask=mask, scale=scale)
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
