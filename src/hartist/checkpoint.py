@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hartist import config as configs
 from hartist.errors import UserError
@@ -85,10 +87,27 @@ def check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: s
         raise UserError(f"{where}: {'; '.join(problems)}; the weights do not belong to this configuration")
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what fills new parameters: on the meta device it changes nothing, yet imports PyTorch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_storage() -> Iterator[None]:
+    """Modules that are built within have shapes and types, on the meta device, but no values."""
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
 def build_empty(build: Callable[[], Module], where: str) -> Module:
     """A module on the meta device: shapes without storage. UserError naming `where` for impossible sizes."""
     try:
-        with torch.device("meta"):
+        with without_storage():
             return build()
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hartist.checkpoint import assign_weights, check_keys
+from hartist.checkpoint import assign_weights, check_keys, without_storage
 from hartist.config import TokenizerConfig
 from hartist.interop.configs import tokenizer_config, transformer_config
 from hartist.interop.keys import (
@@ -83,7 +83,7 @@ def fill(
     dtype: torch.dtype | None,
 ) -> Module:
     """Build on the meta device and assign the tensors, in eval mode: memory holds the weights once."""
-    with torch.device("meta"):
+    with without_storage():
         module = build()
     ours = module.state_dict()
     expected = {

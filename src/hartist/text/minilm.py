@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from hartist import config as configs
 from hartist.errors import UserError
 from hartist.files import atomic_directory, read_json, write_bytes, write_json
+from hartist.text.bert import Bert, BertSizes
 from hartist.text.encoder import TextContext, context_from_states
 from hartist.text.tokens import TokenRow, pad_rows, read_tokenizer, tokenize
 from hartist.text.weights import build_with_weights, hash_file, hash_model, read_config, read_weights
@@ -108,8 +111,8 @@ class MiniLMEncoder:
     @torch.no_grad()  # not inference_mode: the states also go into training
     def _states(self, ids_BS: Int[Tensor, "b s"], mask_BS: Bool[Tensor, "b s"]) -> Float[Tensor, "b s c"]:
         with torch.autocast(ids_BS.device.type, enabled=False):
-            output = self.model(input_ids=ids_BS, attention_mask=mask_BS.long())
-        return output.last_hidden_state.masked_fill(~mask_BS[..., None], 0.0)
+            states_BSC = self.model(ids_BS, mask_BS)
+        return states_BSC.masked_fill(~mask_BS[..., None], 0.0)
 
 
 def load_minilm(
@@ -126,27 +129,22 @@ def load_minilm(
     `save_minilm`, the original and its compact copy give the same states.
     Raises UserError that names the file at fault.
     """
-    from transformers.models.bert.modeling_bert import BertModel
-
     directory = Path(directory)
     _check_hashes(directory)
     config_path, tokenizer_path = directory / "config.json", directory / "tokenizer.json"
-    config = _bert_config(read_config(directory), config_path)
-    limit = config.max_position_embeddings
+    sizes = _bert_sizes(read_config(directory), config_path)
+    limit = sizes.max_position_embeddings
     if num_tokens > limit:
         raise UserError(f"num_tokens = {num_tokens} is more than the {limit} positions of {directory}; lower it")
     weights = _used_weights(directory)
     if round_to is not None:
         weights = {name: tensor.to(round_to) for name, tensor in weights.items()}
     weights = {name: tensor.float() for name, tensor in weights.items()}
-    model = build_with_weights(lambda: BertModel(config, add_pooling_layer=False), weights, directory)
-    embeddings: Any = model.embeddings
-    embeddings.position_ids = torch.arange(limit)[None]
-    embeddings.token_type_ids = torch.zeros(1, limit, dtype=torch.long)
+    model = build_with_weights(lambda: Bert(sizes), weights, directory)
     return MiniLMEncoder(
         model.to(device),
-        read_tokenizer(tokenizer_path, num_tokens, config.vocab_size),
-        config.pad_token_id or 0,
+        read_tokenizer(tokenizer_path, num_tokens, sizes.vocab_size),
+        sizes.pad_token_id,
         num_tokens,
         files_hash=hash_file(config_path) + hash_file(tokenizer_path),
     )
@@ -231,25 +229,11 @@ def _quantize_rows(name: str, matrix_RC: Float[Tensor, "r c"]) -> dict[str, Tens
     return {name: (matrix_RC / scale_R[:, None]).round().to(torch.int8), name + ROW_SCALE: scale_R}
 
 
-def _bert_config(values: dict[str, Any], path: Path) -> Any:
-    from transformers.models.bert.configuration_bert import BertConfig
-
+def _bert_sizes(values: dict[str, Any], path: Path) -> BertSizes:
     if values.get("position_embedding_type", "absolute") != "absolute":
         raise UserError(f"{path} asks for relative positions; only a BERT with absolute ones is supported")
-    fields = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "hidden_act",
-        "max_position_embeddings",
-        "type_vocab_size",
-        "layer_norm_eps",
-        "pad_token_id",
-    )
-    try:
-        # Eager attention: plain matrix products, the same on every backend.
-        return BertConfig(**{name: values[name] for name in fields if name in values}, attn_implementation="eager")
-    except Exception as error:  # the library checks the types of the values in its own ways
-        raise UserError(f"{path} is not a BERT configuration ({error}); download it again") from error
+    if values.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{path} asks for the activation {values['hidden_act']!r}; only a BERT with gelu is supported")
+    names = [field.name for field in dataclasses.fields(BertSizes)]
+    given = {name: values[name] for name in names if values.get(name) is not None}
+    return configs.from_dict(BertSizes, given, f"{path} is not a BERT configuration")

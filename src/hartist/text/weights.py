@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hartist.checkpoint import without_storage
 from hartist.errors import UserError
 from hartist.files import read_json
 
@@ -56,7 +57,7 @@ def build_with_weights(build: Callable[[], nn.Module], weights: Mapping[str, Ten
     initialisation; buffers that no checkpoint holds stay without storage and are the caller's to
     fill in. Raises UserError that names `source` and the first difference.
     """
-    with torch.device("meta"):
+    with without_storage():
         model = build()
     expected = model.state_dict()
     for problem, names in (

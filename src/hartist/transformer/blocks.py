@@ -83,7 +83,8 @@ class Modulation(nn.Module):
         if self.kind == "adaln":
             self.linear = Linear(config.width, 6 * config.width)
         else:
-            self.table = nn.Parameter(torch.randn(6, config.width) / config.width**0.5)
+            self.table = nn.Parameter(torch.empty(6, config.width))
+            nn.init.normal_(self.table, std=config.width**-0.5)
 
     def forward(self, condition: Float[Tensor, "b _w"]) -> Float[Tensor, "b 6 d"]:
         """`condition` is B×D; with shared_adaln, the shared projection of it, B×6D."""
