@@ -172,7 +172,7 @@ def test_skipped_scales_are_as_if_they_had_never_been_cached(monkeypatch: pytest
                 tensors[:] = [torch.cat([t[:, :, a:b] for a, b in options["spans"]], 2) for t in tensors]
             shorter.lengths = [tensor.shape[2] for tensor in shorter.keys]
             seen["expected"] = forward(self, k, x, condition, shorter)
-            seen["all"] = forward(self, k, x, condition, cache)
+            seen["all"] = forward(self, k, x, condition, copy.deepcopy(cache))
             seen["own"] = forward(self, k, x, condition, cache, **options)
             return seen["own"]
         return forward(self, k, x, condition, cache, **options)

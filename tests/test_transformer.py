@@ -101,11 +101,19 @@ def test_rows_of_a_batch_do_not_touch_each_other(name: str) -> None:
 def test_a_full_cache_says_so() -> None:
     cache = KVCache(layers=1, batch=1, heads=1, capacity=3, head_dim=4)
     cache.join(0, normal(1, 1, 2, 4), normal(1, 1, 2, 4), keep=True)
-    keys, _ = cache.join(0, normal(1, 1, 5, 4), normal(1, 1, 5, 4), keep=False)
-    assert keys.shape[2] == 7
-    assert cache.lengths == [2]
     with pytest.raises(ValueError, match="holds 3 tokens, 4 are needed"):
         cache.join(0, normal(1, 1, 2, 4), normal(1, 1, 2, 4), keep=True)
+    keys, _ = cache.join(0, normal(1, 1, 5, 4), normal(1, 1, 5, 4), keep=False)
+    assert keys.shape[2] == 7
+
+
+def test_a_layer_that_is_joined_for_the_last_time_frees_its_memory() -> None:
+    cache = KVCache(layers=2, batch=1, heads=1, capacity=3, head_dim=4)
+    for layer in (0, 1):
+        cache.join(layer, normal(1, 1, 2, 4), normal(1, 1, 2, 4), keep=True)
+    cache.join(0, normal(1, 1, 5, 4), normal(1, 1, 5, 4), keep=False)
+    assert [tensor.numel() for tensor in (*cache.keys, *cache.values)] == [0, 12, 0, 12]
+    assert cache.lengths == [0, 2]
 
 
 def test_a_cache_gives_back_what_was_put_in_layer_by_layer() -> None:
