@@ -38,6 +38,8 @@ class FeatureNetwork:
     key: str
     """Changes with the features: names their cache, and tells whether heads were trained on them."""
     compute: Callable[[UInt8[Tensor, "b h w 3"]], Float[Tensor, "b d"]]
+    logits: Callable[[Float[Tensor, "b d"]], Float[Tensor, "b k"]] | None = None
+    """The classifier on top of the features, as far as there is one."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,11 @@ def load_feature_network(name: str, device: torch.device | str = "cpu") -> Featu
         x_B3hw = ((x_B3hw - 127) / 128).contiguous(memory_format=torch.channels_last)
         return network.extract_features(x_B3hw).mean((2, 3)).cpu()
 
-    return FeatureNetwork(name, f"{package.architecture}-{package.sha256[:8]}", compute)
+    @torch.inference_mode()
+    def logits(features_BD: Float[Tensor, "b 1280"]) -> Float[Tensor, "b 1000"]:
+        return network._fc(features_BD.to(device)).cpu()
+
+    return FeatureNetwork(name, f"{package.architecture}-{package.sha256[:8]}", compute, logits)
 
 
 def resize(pixels_BHW3: UInt8[Tensor, "b h w 3"], side: int) -> Float[Tensor, "b 3 {side} {side}"]:

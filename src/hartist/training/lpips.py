@@ -61,14 +61,18 @@ class LpipsLoss(nn.Module):
         shift, scale = (image.new_tensor(values).view(1, 3, 1, 1) for values in (SHIFT, SCALE))
         return list(block_features((image - shift) / scale, self.convs, map(len, CONVS)))
 
-    def forward(self, image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+    def distances(self, image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+        """Of each pair of images in [−1, 1]; gradients reach the first alone."""
         with torch.no_grad():
             wanted = self.features(target)
-        distances = [
-            ((a - b).square() * self.get_buffer(f"weights_{block}")).sum(1).mean()
+        blocks = [
+            ((a - b).square() * self.get_buffer(f"weights_{block}")).sum(1).mean((1, 2))
             for block, (a, b) in enumerate(zip(self.features(image), wanted, strict=True))
         ]
-        return torch.stack(distances).sum()
+        return torch.stack(blocks).sum(0)
+
+    def forward(self, image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+        return self.distances(image, target).mean()
 
 
 def find_linear() -> Path:
