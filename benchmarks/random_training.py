@@ -6,8 +6,7 @@ import torch
 
 from hartist.config import TokenizerConfig, TransformerConfig
 from hartist.generation.checkpoint import LoadedModel
-from hartist.generation.pipeline import fast_layout
-from hartist.tokenizer.hybrid import HybridTokenizer
+from hartist.tokenizer.hybrid import HybridTokenizer, fast_layout
 from hartist.training.config import GeneratorLossConfig, RunConfig
 from hartist.training.generator_stage import GeneratorStage, TrainingPhase
 from hartist.training.loop import Trainer

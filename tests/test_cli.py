@@ -58,8 +58,12 @@ EVERY_HELP = [
     ["train", "generator"],
     ["train", "finetune"],
     ["evaluate", "tokenizer"],
+    ["evaluate", "reconstruct"],
+    ["evaluate", "emoji"],
     ["evaluate", "align"],
     ["evaluate", "model"],
+    ["compare"],
+    ["report"],
 ]
 
 

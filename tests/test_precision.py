@@ -53,7 +53,7 @@ def test_the_benchmark_takes_the_type_that_the_machine_has(has: bool, monkeypatc
         seen.append(dtype)
         raise Seen
 
-    monkeypatch.setattr("hartist.evaluation.bench.random_model", look)
+    monkeypatch.setattr("hartist.evaluation.bench.models.random_model", look)
     for asked in (None, "float32"):
         with pytest.raises(Seen):
             run_bench(BenchSettings(preset=next(iter(PRESETS)), dtype=asked, device="cpu"))

@@ -17,6 +17,7 @@ from hartist.commands.flags import Formatter
 from hartist.commands.flags_data import add_data
 from hartist.commands.flags_evaluation import add_evaluate
 from hartist.commands.flags_models import add_check, add_convert, add_generate, add_info, add_reconstruct
+from hartist.commands.flags_report import add_compare, add_report
 from hartist.commands.flags_serving import add_serve
 from hartist.commands.flags_training import add_bench, add_train
 from hartist.errors import UserError
@@ -57,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_data,
         add_train,
         add_evaluate,
+        add_compare,
+        add_report,
         add_bench,
         add_serve,
     ):

@@ -9,8 +9,8 @@ from hartist.commands.output import require_writable
 from hartist.errors import UserError
 from hartist.files import atomic_directory
 from hartist.generation.checkpoint import LoadedModel, save_model
+from hartist.generation.devices import DTYPES
 from hartist.generation.loading import find_model, load_any
-from hartist.generation.pipeline import DTYPES
 from hartist.interop.convert import export_release, export_var
 from hartist.interop.release import is_release
 

@@ -18,8 +18,8 @@ from hartist.data.records import Broken, Skipped
 from hartist.data.stream import ImageStream, Settings, read_bytes
 from hartist.data.transform import BrokenImage, decode
 from hartist.errors import UserError
+from hartist.generation.devices import choose_device
 from hartist.generation.loading import find_model
-from hartist.generation.pipeline import choose_device
 from hartist.scales import ScaleSchedule
 from hartist.text.loading import load_text_encoder
 from hartist.tokenizer.checkpoint import load_tokenizer

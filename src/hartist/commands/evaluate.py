@@ -1,4 +1,4 @@
-"""`hartist evaluate`: a tokenizer's reconstructions, an alignment network, a model's pictures, in figures"""
+"""`hartist evaluate`: benchmarks, a tokenizer's reconstructions, alignment heads, a model's pictures, in figures"""
 
 from __future__ import annotations
 
@@ -7,49 +7,92 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
+from hartist.commands import evaluate_benchmark
+from hartist.commands.evaluate_tables import format_agreement, format_generation, format_reconstruction
 from hartist.commands.output import require_writable, use_threads
 from hartist.data.folder import CaptionedImage
 from hartist.errors import UserError, quoted
 from hartist.evaluation.alignment import load_alignment, save_alignment
 from hartist.evaluation.alignment_training import STEPS, agreement_of_real, train_alignment
-from hartist.evaluation.features import LITE0, LITE2, load_feature_network
-from hartist.evaluation.generation import KindReport, Quality, draw_sample, generate_pictures, score_pictures
-from hartist.evaluation.reconstruction import ReconstructionReport, evaluate_tokenizer
-from hartist.evaluation.retrieval import Retrieval
+from hartist.evaluation.features import LITE0, LITE2, FeatureNetwork, load_feature_network
+from hartist.evaluation.generation import draw_sample, generate_pictures, score_pictures
+from hartist.evaluation.harness.reconstructions import save_reconstructions
+from hartist.evaluation.networks import load_network
+from hartist.evaluation.reconstruction import measure_reconstructions, report_reconstructions
 from hartist.evaluation.selection import by_kind, family, load_rows, read_pictures
 from hartist.files import write_json
+from hartist.generation.devices import choose_device, choose_dtype
 from hartist.generation.loading import find_model, load_tokenizer_of
-from hartist.generation.pipeline import Pipeline, choose_device, choose_dtype, fast_layout
+from hartist.generation.model_options import ModelOptions
+from hartist.generation.pipeline import Pipeline
 from hartist.pixels import save_grid
 from hartist.text.encoder import TextEncoder
 from hartist.text.loading import load_text_encoder
+from hartist.tokenizer.hybrid import fast_layout
+from hartist.training.lpips import LpipsLoss, load_lpips
 
+OFFLINE = {"lite0": LITE0, "lite2": LITE2}
 SIZES = (16, 2048)
 SHOWN = 12
 """Pictures of each kind on the sheet."""
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.part == "benchmark":
+        return evaluate_benchmark.run(args)
     use_threads(args.threads)
     if args.limit is not None and args.limit < 2:
         raise UserError(f"--limit {args.limit}: figures need at least 2 pictures; raise it")
     for name in ("json", "pictures"):
         if getattr(args, name, None) is not None:
             require_writable(getattr(args, name), replaced=True)
-    return {"tokenizer": tokenizer, "align": align, "model": model}[args.part](args)
+    return {"reconstruct": tokenizer, "tokenizer": tokenizer, "align": align, "model": model}[args.part](args)
 
 
 def tokenizer(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     path = find_model(args.tokenizer or args.model)
+    if args.out is not None:
+        require_writable(args.out)
     measured = fast_layout(load_tokenizer_of(path, choose_dtype(args.dtype, device)).to(device))
     rows = load_rows(args.data, "validation", all_backgrounds=args.all_backgrounds)[: args.limit]
-    network = load_feature_network(LITE0, device)
-    report = evaluate_tokenizer(measured, rows, network, cache=args.cache, progress=not args.quiet)
+    found = measure_reconstructions(
+        measured,
+        rows,
+        set_network(args.network, device),
+        cache=args.cache,
+        perceptual=perceptual_network(device),
+        progress=not args.quiet,
+    )
+    report = report_reconstructions(found)
     print(format_reconstruction(report))
     if args.json is not None:
         write_json(args.json, asdict(report))
+    if args.out is not None:
+        save_reconstructions(args.out, found, rows, measured, ModelOptions(str(path), dtype=args.dtype))
     return 0
+
+
+def set_network(choice: str, device: torch.device) -> FeatureNetwork:
+    """The network asked for; else FID's where it is there, else the packaged one."""
+    if choice in OFFLINE:
+        return load_feature_network(OFFLINE[choice], device)
+    try:
+        return load_network("inception" if choice == "auto" else choice, device)
+    except UserError:
+        if choice != "auto":
+            raise
+        return load_feature_network(LITE0, device)
+
+
+def perceptual_network(device: torch.device) -> LpipsLoss | None:
+    """LPIPS's network, where it is installed."""
+    try:
+        return load_lpips().to(device)
+    except UserError:
+        return None
 
 
 def align(args: argparse.Namespace) -> int:
@@ -141,57 +184,3 @@ def unseen_rows(data: Path, seen: Sequence[str], all_backgrounds: bool) -> dict[
         for kind, found in by_kind([row for row in rows if family(row) not in known], split).items():
             kinds.setdefault(kind, []).extend(found)
     return {kind: rows for kind, rows in kinds.items() if len({row.text for row in rows}) > 1}
-
-
-# ----------------------------------------------------------------- tables
-
-
-def format_reconstruction(report: ReconstructionReport) -> str:
-    """Both paths side by side, then the codes in use."""
-    rows = (
-        ("PSNR (dB)", "psnr", 1),
-        (f"Fréchet distance ({report.network})", "frechet_distance", 1),
-        (f"kernel distance × 1000 ({report.network})", "kernel_distance", 1000),
-    )
-    width = max(len(title) for title, _, _ in rows)
-    lines = [f"{report.pictures} pictures", "", f"{'':<{width}}  discrete  hybrid"]
-    for title, name, factor in rows:
-        discrete, hybrid = (getattr(path, name) * factor for path in (report.discrete, report.hybrid))
-        lines.append(f"{title:<{width}}  {discrete:8.2f}  {hybrid:6.2f}")
-    scales = " ".join(f"{100 * share:.1f}" for share in report.usage_per_scale)
-    return "\n".join([*lines, "", f"codes in use: {report.usage:.1%}; scale by scale, in %: {scales}"])
-
-
-def format_agreement(figures: dict[str, Retrieval]) -> str:
-    """Real pictures that the heads have not seen, by kind."""
-    lines = [f"{'real pictures':<16}  prompts    R@1   R@10    AUC"]
-    lines += [f"{kind:<16}  {figure.prompts:7}  {_scores(figure)}" for kind, figure in figures.items()]
-    return "\n".join(lines)
-
-
-def format_generation(reports: Sequence[KindReport]) -> str:
-    """A generated and a real row for every kind, and what the columns are."""
-
-    def row(kind: str, whose: str, quality: Quality) -> str:
-        scores = _scores(quality.retrieval)
-        distances = f"{quality.frechet_distance:8.1f}  {1000 * quality.kernel_distance:8.2f}"
-        return f"{kind:<16}  {whose:<9}  {quality.retrieval.prompts:7}  {scores}  {distances}"
-
-    lines = [f"{'prompts':<16}  {'pictures':<9}  prompts    R@1   R@10    AUC   Fréchet    kernel"]
-    for report in reports:
-        lines += [row(report.kind, "generated", report.generated), row("", "real", report.real)]
-    counts = ", ".join(f"{report.reference_pictures} ({report.kind})" for report in reports)
-    first = reports[0]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"R@1, R@10, AUC: a picture and its prompt, by heads on {first.alignment_network} and MiniLM",
-            f"Fréchet distance ({first.distance_network}) and kernel distance × 1000 ({first.distance_network}):",
-            f"to other real pictures, {counts}",
-        ]
-    )
-
-
-def _scores(retrieval: Retrieval) -> str:
-    return f"{retrieval.recall_at_1:5.3f}  {retrieval.recall_at_10:5.3f}  {retrieval.auc:5.3f}"

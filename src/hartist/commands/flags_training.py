@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hartist.commands.flags import add_command, add_device, add_threads
+from hartist.commands.flags import MODEL, add_command, add_device, add_precision, add_threads
 
 MANY = """
 On several GPUs or machines, start it with torchrun:
@@ -179,15 +179,40 @@ def add_bench(commands: Any) -> None:
         commands,
         "bench",
         "measure speed and memory",
-        "Time generation scale by scale, with the sizes of a preset and random weights.",
+        "Time generation part by part, count its operations, and compare it with the fastest matrix products of this\n"
+        "machine: with random weights of a preset's sizes (speed does not depend on them), or with a model.",
         """\
-  hartist bench --preset hart-1024 --repeats 3 --json bench.json
-  hartist bench --preset hart-512 --device cuda --batch 8 --warmup 1""",
+  hartist bench --preset hart-1024 --json bench.json --plot bench.png
+  hartist bench --preset hart-512 --device cuda --batch 8
+  hartist bench --model emoji --operators
+  hartist bench --preset hart-256 --sizes 256,512,1024 --batches 1,2,4 --plot growth.svg""",
     )
     parser.add_argument("--preset", default="hart-256", metavar="NAME", help="published sizes (default: %(default)s)")
+    parser.add_argument("--model", metavar="MODEL", help=f"instead of random weights: {MODEL.split(' (')[0]}")
+    parser.add_argument("--text-model", type=Path, metavar="DIR", help="Qwen2 text model of a released HART model")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="autoencoder .pth of a VAR model")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="along a side (default: the model's own)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="timed runs (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=0, metavar="N", help="runs before them (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=4.5, metavar="G", help="0 is off (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures as JSON")
-    add_device(parser, dtype="bfloat16 where the machine has it, else float32")
+    parser.add_argument("--sizes", type=integers, default=(), metavar="A,B,…", help="how cost grows with the size")
+    parser.add_argument("--batches", type=integers, default=(), metavar="A,B,…", help="how cost grows with the batch")
+    how = parser.add_argument_group("how")
+    how.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs (default: %(default)s)")
+    how.add_argument("--warmup", type=int, default=1, metavar="N", help="runs before them (default: %(default)s)")
+    how.add_argument("--guidance", type=float, metavar="G", help="0 is off (default: the model's, 4.5)")
+    how.add_argument("--fast", action="store_true", help="with the shortcuts of fast mode")
+    add_precision(how)
+    how.add_argument("--text", action="store_true", help="time the released text encoder too (1.5 B, random weights)")
+    how.add_argument("--operators", action="store_true", help="one more run, profiled: seconds by kind of operator")
+    how.add_argument("--no-roofline", action="store_true", help="don't measure the machine's matrix products")
+    out = parser.add_argument_group("what it writes, beside the tables")
+    out.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    out.add_argument("--plot", type=Path, metavar="FILE", help="a figure: .png, .svg or .pdf (needs matplotlib)")
+    add_device(parser, dtype="bfloat16 where the machine has it, else float32; a model's own as in generate")
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2,4") from None

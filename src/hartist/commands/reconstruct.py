@@ -10,8 +10,8 @@ from hartist.commands.output import require_writable, slug, use_threads
 from hartist.data.folder import read_image
 from hartist.evaluation.side_by_side import Reconstruction, middle, picture_size, reconstruct
 from hartist.files import write_bytes
+from hartist.generation.devices import choose_device, choose_dtype
 from hartist.generation.loading import find_model, load_tokenizer_of
-from hartist.generation.pipeline import choose_device, choose_dtype
 from hartist.pixels import grid_image, png_bytes
 
 

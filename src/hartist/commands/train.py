@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from hartist.commands.output import require_writable, use_threads
 from hartist.errors import UserError, quoted
+from hartist.generation.devices import choose_device
 from hartist.generation.loading import find_model, load_any
-from hartist.generation.pipeline import choose_device
 from hartist.training.dry_run import describe_generator, describe_tokenizer
 from hartist.training.finetune import finetune_recipe
 from hartist.training.parallel import World, join_world

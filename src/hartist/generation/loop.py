@@ -13,7 +13,7 @@ from torch import Tensor
 from hartist.generation.guidance import guidance_strength, guide
 from hartist.generation.noise import Noise
 from hartist.generation.sampling import SamplingSettings, sample_ids, smooth_vectors
-from hartist.generation.shortcuts import attended_spans, cells_to_compute, guidance_strengths, residual_strength
+from hartist.generation.shortcuts import attended_spans, cells_to_compute, plan_guidance
 from hartist.residual.denoise import denoise
 from hartist.residual.schedule import respaced_schedule
 from hartist.text.encoder import TextContext
@@ -84,13 +84,8 @@ def _generate(
 ) -> Scales:
     schedule, batch = model.schedule, len(condition)
     hold_last = model.config.residual is not None
-    strengths = guidance_strengths(settings, len(schedule), hold_last=hold_last)
-    with_residual = settings.residual and hold_last
-    t_residual = residual_strength(settings, strengths, hold_last=hold_last) if with_residual else 0.0
-    # The other branch is computed up to the last scale that it guides: later ones read the keys of earlier ones.
-    guided_scales = max((k + 1 for k, t in enumerate(strengths) if t), default=0)
-    if with_residual and t_residual not in (0.0, 1.0) and settings.guidance > 0:
-        guided_scales = len(schedule)
+    plan = plan_guidance(settings, len(schedule), has_residual=hold_last)
+    guided_scales = plan.guided_scales
     shared = unconditional if guided_scales and isinstance(unconditional, Prefix) else None
     if guided_scales and not isinstance(unconditional, Prefix):
         condition = _stack(condition, unconditional)
@@ -121,7 +116,7 @@ def _generate(
                 kept_Bm=torch.cat([kept_Bm, kept_Bm]) if guided and kept_Bm is not None else kept_Bm,
             )
         logits = model.logits(hidden, prepared)
-        logits_BlV = guide(logits[:batch], logits[batch:], strengths[k]) if guided else logits
+        logits_BlV = guide(logits[:batch], logits[batch:], plan.strengths[k]) if guided else logits
         uniform_Bl = noise.uniform(schedule.lengths[k])
         if kept_Bm is not None:
             uniform_Bl = uniform_Bl.gather(1, kept_Bm)
@@ -136,11 +131,9 @@ def _generate(
             vectors_BlC = smooth_vectors(logits_BlV, fraction, gumbel_BlV, quantizer.codebook)
         state.update(ids=ids_Bl, logits=logits_BlV, residual_seconds=0.0)
         state["vectors"] = _fill_cells(vectors_BlC, kept_Bm, schedule.lengths[k])
-        if schedule.is_last(k) and with_residual:
+        if schedule.is_last(k) and hold_last and settings.residual:
             start = clock.now()
-            residual_BlC = residual_tokens(
-                model, hidden, codes_BlC, t_residual if guided else 0.0, settings, noise, kept_Bm
-            )
+            residual_BlC = residual_tokens(model, hidden, codes_BlC, plan.residual, settings, noise, kept_Bm)
             vectors_BlC = vectors_BlC + residual_BlC
             state["residual_seconds"] = clock.now() - start
         if kept_Bm is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hartist.errors import UserError, quoted
 from hartist.generation.checkpoint import LoadedModel, save_model
+from hartist.generation.devices import choose_device, choose_dtype
 from hartist.generation.loading import find_model, load_any
 from hartist.generation.loop import ScaleResult, Scales, generate_scales
 from hartist.generation.noise import ImageNoise
@@ -23,7 +24,7 @@ from hartist.generation.sampling import SamplingSettings
 from hartist.generation.shortcuts import FAST, guidance_strengths
 from hartist.pixels import to_uint8
 from hartist.text.encoder import CachedTextEncoder, TextContext, unconditional_context
-from hartist.tokenizer.hybrid import HybridTokenizer
+from hartist.tokenizer.hybrid import fast_layout
 from hartist.tokenizer.strips import decode_latent_in_strips
 from hartist.transformer.int8 import quantize_int8
 from hartist.transformer.prefix import Prefix, Prefixes
@@ -98,8 +99,8 @@ class Pipeline:
         Understands Hartist's own layout, the released HART layout (`llm/`, `tokenizer/`, and a Qwen2
         text model in `text_model`), and VAR's transformer `.pth` (with the autoencoder's `.pth` in
         `tokenizer`). `device` defaults to CUDA, then MPS, then CPU; `dtype` to bfloat16 on CUDA and
-        float32 elsewhere. `text_device` is where prompts are encoded, if elsewhere. `int8` makes the transformer's products in eight bits, on a CPU. Raises UserError if the
-        model is unknown, damaged or foreign.
+        float32 elsewhere. `text_device` is where prompts are encoded, if elsewhere. `int8` makes the transformer's
+        products in eight bits, on a CPU. Raises UserError if the model is unknown, damaged or foreign.
         """
         chosen = choose_device(device)
         loaded = load_any(
@@ -345,37 +346,3 @@ def override(settings: SamplingSettings, **changes: Any) -> SamplingSettings:
         if name not in names:
             raise UserError(f"unknown setting {name!r}; there are {', '.join(names)}")
     return dataclasses.replace(settings, **changes)
-
-
-def fast_layout(tokenizer: HybridTokenizer) -> HybridTokenizer:
-    """Convolution weights with channels last, the layout CPU and GPU kernels are fastest in."""
-    return tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def choose_device(device: str | None) -> torch.device:
-    """The device asked for, or the best one there is. Raises UserError if it isn't there."""
-    if device is None or device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen).tolist()  # the meta device has no values to give
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = str(error).splitlines()[0][:80]
-        raise UserError(f"device {quoted(device)} is not available here ({reason}); try cpu") from error
-    return chosen
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for by name or value; bfloat16 on CUDA and float32 elsewhere by default."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is None or dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {quoted(dtype)} is not one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]

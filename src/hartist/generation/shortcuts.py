@@ -6,6 +6,7 @@ Exact mode leaves out nothing. Every shortcut is a sampling setting, so that a p
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from hartist.generation.sampling import SamplingSettings
 from hartist.scales import ScaleSchedule
 from hartist.transformer.cache import Spans
 
-FAST: dict[str, Any] = {"unguided_scales": 1, "attended_scales": 1, "last_scale_share": 0.5, "diffusion_steps": 4}
+FAST: dict[str, Any] = {"unguided_scales": 1, "attended_scales": 1, "last_scale_share": 0.75, "diffusion_steps": 4}
 """The recommended blend, as changes to a model's settings; docs/benchmarks.md has what each costs and saves."""
 
 
@@ -43,12 +44,32 @@ def guidance_strengths(settings: SamplingSettings, scales: int, *, hold_last: bo
     return (*strengths[:off], *[0.0] * (scales - off))
 
 
-def residual_strength(settings: SamplingSettings, strengths: tuple[float, ...], *, hold_last: bool) -> float:
-    """t of the residual tokens: the last scale's, unless it is set on its own."""
-    if settings.residual_guidance is None:
-        return strengths[-1]
-    scales = len(strengths)
-    return guidance_strength(settings.residual_guidance, scales - 1, scales, hold_last=hold_last)
+@dataclass(frozen=True)
+class GuidancePlan:
+    """How strongly a generation is guided, and so for how many scales the other branch is computed."""
+
+    strengths: tuple[float, ...]
+    """t_k of every scale's logits."""
+    residual: float
+    """t of the residual tokens; 0 if there are none, or no guidance for them."""
+    guided_scales: int
+    """The other branch runs up to the last scale that it guides: later scales read the keys of earlier ones."""
+
+
+def plan_guidance(settings: SamplingSettings, scales: int, *, has_residual: bool) -> GuidancePlan:
+    """The guidance of a model with so many scales. Raises UserError as `guidance_strengths` does."""
+    strengths = guidance_strengths(settings, scales, hold_last=has_residual)
+    guided_scales = max((k + 1 for k, t in enumerate(strengths) if t), default=0)
+    residual = 0.0
+    if has_residual and settings.residual and settings.guidance > 0:
+        residual = strengths[-1]
+        if settings.residual_guidance is not None:
+            residual = guidance_strength(settings.residual_guidance, scales - 1, scales, hold_last=True)
+        if residual == 1.0:  # means "off", as released
+            residual = 0.0
+        if residual:
+            guided_scales = scales
+    return GuidancePlan(strengths, residual, guided_scales)
 
 
 def attended_spans(schedule: ScaleSchedule, prefix_tokens: int, k: int, attended_scales: int | None) -> Spans | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hartist.errors import UserError
-from hartist.generation.pipeline import choose_device
+from hartist.generation.devices import choose_device
 from hartist.serving.scheduler import QueueFull
 
 MODEL = "google/shieldgemma-2b"
