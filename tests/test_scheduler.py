@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import gc
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 
 from hartist.errors import UserError
 from hartist.generation.sampling import SamplingSettings
-from hartist.serving.scheduler import DeadlineExceeded, Draining, Limits, QueueFull, Scheduler, Ticket
-from hartist.serving.tasks import Event, Failed, Finished, ImageTask, ModelInfo
+from hartist.serving.scheduler import Limits, Scheduler
+from hartist.serving.tasks import Event, Failed, Finished, ImageTask, ModelInfo, Preview, ReconstructTask
+from hartist.serving.tickets import DeadlineExceeded, Draining, QueueFull, Ticket
 from hartist.serving.worker import WorkerLost
 
 INFO = ModelInfo("nothing", 8, 8, 3, SamplingSettings())
@@ -22,16 +25,32 @@ INFO = ModelInfo("nothing", 8, 8, 3, SamplingSettings())
 class Backend:
     """Finishes a batch when it is told to; remembers what it was given."""
 
-    def __init__(self, *, loses: int = 0, poison: str | None = None, broken_after: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        loses: int = 0,
+        poison: str | None = None,
+        broken_after: int | None = None,
+        raises: Exception | None = None,
+        fails_to_start: Sequence[Exception] = (),
+    ) -> None:
         self.info = INFO
         self.loses, self.poison, self.broken_after = loses, poison, broken_after
+        self.raises = raises or WorkerLost("the worker died")
+        self.fails_to_start = list(fails_to_start)
+        """What goes wrong with one start after the other, from the second on."""
         self.batches: list[list[str]] = []
         self.cancelled: list[str] = []
         self.starts = 0
         self.go = asyncio.Event()
+        self.may_start = asyncio.Event()
+        self.may_start.set()
 
     async def start(self) -> ModelInfo:
+        await self.may_start.wait()
         self.starts += 1
+        if self.starts > 1 and self.fails_to_start:
+            raise self.fails_to_start.pop(0)
         if self.broken_after is not None and self.starts > self.broken_after:
             raise UserError("model.safetensors is damaged")
         return INFO
@@ -41,7 +60,7 @@ class Backend:
         await self.go.wait()
         if self.loses or any(task.id == self.poison for task in tasks):
             self.loses = max(0, self.loses - 1)
-            raise WorkerLost("the worker died")
+            raise self.raises
         for task in tasks:
             if task.id not in self.cancelled:
                 deliver(Finished(task.id, task.id.encode()))
@@ -198,6 +217,24 @@ def test_a_request_ends_with_its_deadline_wherever_it_is() -> None:
     run(work())
 
 
+def test_a_deadline_counts_from_the_arrival() -> None:
+    async def work() -> None:
+        scheduler = Scheduler([Backend()], Limits(deadline_seconds=300.0))
+        await scheduler.start()
+        now = asyncio.get_running_loop().time()
+        with pytest.raises(DeadlineExceeded, match="not finished within 300 s"):
+            await outcome(scheduler.submit(request("late"), now - 299.95))
+        with pytest.raises(DeadlineExceeded):
+            async with scheduler.in_time(now - 299.95):
+                await asyncio.sleep(60)
+        with pytest.raises(TimeoutError):  # somebody else's
+            async with scheduler.in_time(now):
+                raise TimeoutError
+        await scheduler.drain(1)
+
+    run(work())
+
+
 def test_an_image_that_kills_its_workers_is_given_up_and_takes_no_other_with_it() -> None:
     async def work() -> None:
         backend = Backend(poison="poison0")
@@ -255,6 +292,138 @@ def test_draining_finishes_what_was_accepted_and_takes_no_more() -> None:
         backend.go.set()
         assert all(isinstance(events[0], Finished) for events in await results)
         await drained
+
+    run(work())
+
+
+@pytest.mark.parametrize("how", ["finished", "cancelled"])
+def test_a_request_that_is_over_is_not_kept_until_its_deadline(how: str) -> None:
+    async def work() -> None:
+        backend = Backend()
+        scheduler = Scheduler([backend], Limits(deadline_seconds=300.0))
+        await scheduler.start()
+        task = ReconstructTask("large", bytes(100))
+        ticket: Ticket[ReconstructTask] | None = scheduler.submit([task])
+        kept = weakref.ref(task)
+        del task
+        await settle()
+        if how == "cancelled":
+            scheduler.cancel(ticket)
+        backend.go.set()
+        await settle()
+        if how == "finished":
+            assert await outcome(ticket)
+        ticket = None
+        gc.collect()
+        assert kept() is None
+        await scheduler.drain(1)
+
+    run(work())
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError(), RuntimeError("no one knows why")])
+def test_whatever_a_worker_raises_is_a_loss_that_costs_no_request(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        backend = Backend(loses=1, raises=error, fails_to_start=[error, error])
+        backend.go.set()
+        scheduler = Scheduler([backend])
+        await scheduler.start()
+        (event,) = await outcome(scheduler.submit(request("any")))
+        assert isinstance(event, Finished)
+        assert backend.starts == 4
+        assert (scheduler.ready, scheduler.fatal) == (1, None)
+        await scheduler.drain(1)
+
+    run(work())
+    assert type(error).__name__ in caplog.text
+    assert "another try in 0.2 s" in caplog.text
+
+
+def test_an_image_begun_anew_elsewhere_is_cancelled_there() -> None:
+    async def work() -> None:
+        lost, other = Backend(loses=1), Backend()
+        scheduler = Scheduler([lost, other], Limits(max_batch=1))
+        await scheduler.start()
+        ticket = scheduler.submit(request("moved"))
+        await settle()
+        lost.may_start.clear()
+        lost.go.set()
+        await settle()
+        assert other.batches == [["moved0"]]
+        lost.may_start.set()
+        await settle()
+        assert scheduler.ready == 2
+        assert scheduler.running == 1
+        scheduler.cancel(ticket)
+        assert other.cancelled == ["moved0"]
+        other.go.set()
+        await scheduler.drain(1)
+
+    run(work())
+
+
+def test_requests_wait_for_a_worker_that_is_being_started_though_another_never_can_be() -> None:
+    async def work() -> None:
+        broken, slow = Backend(loses=1, broken_after=1), Backend(loses=1)
+        scheduler = Scheduler([broken, slow], Limits(max_batch=1))
+        await scheduler.start()
+        tickets = [scheduler.submit(request("one")), scheduler.submit(request("two"))]
+        await settle()
+        slow.may_start.clear()
+        slow.go.set()
+        await settle()
+        broken.go.set()
+        await settle()
+        assert (scheduler.ready, scheduler.fatal) == (0, None)
+        slow.may_start.set()
+        for ticket in tickets:
+            assert isinstance((await outcome(ticket))[0], Finished)
+        await scheduler.drain(1)
+
+    run(work())
+
+
+def test_an_image_that_has_lost_two_workers_shares_no_batch_wherever_it_waits() -> None:
+    async def work() -> None:
+        backend = Backend()
+        backend.go.set()
+        scheduler = Scheduler([backend], Limits(max_batch=4))
+        tickets = [scheduler.submit(request("fresh", 2)), scheduler.submit(request("tried", 3))]
+        tickets[1].attempts = {"tried0": 2, "tried1": 2}
+        await scheduler.start()
+        for ticket in tickets:
+            assert all(isinstance(event, Finished) for event in await outcome(ticket))
+        assert backend.batches == [["fresh0", "fresh1"], ["tried0"], ["tried1"], ["tried2"]]
+        await scheduler.drain(1)
+
+    run(work())
+
+
+class ShowingBackend(Backend):
+    """Shows every scale, and is lost once after the second."""
+
+    async def run(self, tasks: list[ImageTask], deliver: Callable[[Event], None]) -> None:
+        for k in range(3):
+            for task in tasks:
+                deliver(Preview(task.id, k, 4, b""))
+            if k == 1 and self.loses:
+                self.loses -= 1
+                raise WorkerLost("the worker died")
+        await super().run(tasks, deliver)
+
+
+def test_no_preview_is_shown_twice_when_a_worker_is_lost() -> None:
+    async def work() -> None:
+        backend = ShowingBackend(loses=1)
+        backend.go.set()
+        scheduler = Scheduler([backend])
+        await scheduler.start()
+        events = await outcome(scheduler.submit(request("shown", 2)))
+        for name in ("shown0", "shown1"):
+            assert [event.k for event in events if isinstance(event, Preview) and event.task_id == name] == [0, 1, 2]
+        await scheduler.drain(1)
 
     run(work())
 

@@ -141,20 +141,40 @@ def refused(text: str) -> bool:
     return line.startswith("hartist: error: ") and "can be reached from other machines; set HARTIST_API_KEY" in line
 
 
-@pytest.mark.parametrize("keys", [None, "", " , ,"])
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
 def test_nothing_listens_beyond_this_machine_without_a_key(
-    host: str, keys: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("HARTIST_API_KEY", raising=False)
-    if keys is not None:
-        monkeypatch.setenv("HARTIST_API_KEY", keys)
     assert main(["serve", "--host", host, "--port", "0", "--model", "no/such/model"]) == 2
     assert refused(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["pictures.example.org", "192.0.2.1"])
+def test_nothing_is_served_to_others_by_a_proxy_without_a_key(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HARTIST_API_KEY", raising=False)
+    command = ["serve", "--port", "0", "--model", "no/such/model", "--allow-host"]
+    assert main([*command, "LocalHost", "--allow-host", name]) == 2
+    assert f"--allow-host {name} lets other machines ask, by a proxy; set HARTIST_API_KEY" in capsys.readouterr().err
+    for allowed in ([name, "--allow-anonymous"], ["LocalHost"]):
+        assert main([*command, *allowed]) == 2
+        assert "no/such/model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("keys", ["", " , ,"])
+def test_keys_that_are_none_are_a_mistake_and_not_an_open_door(
+    host: str, keys: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HARTIST_API_KEY", keys)
+    assert main(["serve", "--host", host, "--port", "0", "--model", "no/such/model", "--allow-anonymous"]) == 2
+    assert "HARTIST_API_KEY is set but holds no key" in capsys.readouterr().err
+
+
 def test_a_command_that_would_listen_to_all_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    server = Server(tmp_path / "log.txt", "--host", "0.0.0.0", HARTIST_API_KEY=",")
+    server = Server(tmp_path / "log.txt", "--host", "0.0.0.0")
     assert server.process.wait(60) == 2
     assert refused(server.log.read_text())
 

@@ -33,8 +33,8 @@ from hartist.generation.png import JPEG_LIMIT, convert_png, encode_png, read_met
 from hartist.serving import image_filter, shieldgemma
 from hartist.serving.image_filter import load_image_filter
 from hartist.serving.prompt_filter import AllowAll, PromptFilter, WordFilter
-from hartist.serving.scheduler import QueueFull
 from hartist.serving.shieldgemma import PRINCIPLES, ShieldGemmaFilter, load_shieldgemma
+from hartist.serving.tickets import QueueFull
 from servers import Server
 from tiny import write_tiny_text_model
 
@@ -380,6 +380,8 @@ def test_settings_that_do_not_fit_into_a_jpeg_are_left_out(tmp_path: Path) -> No
         (["--host", "::1"], AllowAll),
         (["--host", "0.0.0.0"], WordFilter),
         (["--host", "0.0.0.0", "--prompt-filter", "none"], AllowAll),
+        (["--allow-host", "localhost"], AllowAll),
+        (["--allow-host", "localhost", "--allow-host", "pictures.example.org"], WordFilter),
         (["--prompt-filter", "words"], WordFilter),
         (["--blocked-words", "OWN"], WordFilter),
         (["--prompt-filter", "shieldgemma", "--shieldgemma", "SHIELD", "--device", "cpu"], ShieldGemmaFilter),

@@ -126,6 +126,7 @@ sensible: dict[str, st.SearchStrategy[Any]] = {
     "temperature": st.none() | st.floats(0, 100),
     "residual": st.none() | st.booleans(),
     "diffusion_steps": st.none() | st.integers(1, 1000),
+    "fast": st.none() | st.booleans(),
     **dict.fromkeys(("quality", "style", "background", "moderation", "user"), st.none() | strings),
 }
 FIELDS = list(ImageRequest.model_fields)

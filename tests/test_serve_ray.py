@@ -167,7 +167,8 @@ def test_a_replica_that_fails_says_so_of_every_task(
     replica: ModelReplica, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(pipeline: Any, tasks: Any, cancelled: Any, emit: Any, blocks: Any) -> None:
-        emit(Finished("a", b""))
+        if tasks[0].id == "a":
+            emit(Finished("a", b""))
         raise ValueError("a bug")
 
     monkeypatch.setattr(batch, "run_batch", broken)
@@ -176,6 +177,31 @@ def test_a_replica_that_fails_says_so_of_every_task(
         return [event async for event in replica.make([task("a"), task("b")], 3, 7)]
 
     assert asyncio.run(scenario()) == [Finished("a", b""), Failed("b", INTERNAL)]
+
+
+def test_a_replica_whose_device_failed_ends_and_tells_nothing_of_its_tasks(
+    replica: ModelReplica, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended
+
+    def broken(pipeline: Any, tasks: Any, cancelled: Any, emit: Any, blocks: Any) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(batch, "run_batch", broken)
+    monkeypatch.setattr("hartist.serving.ray_replica.os._exit", end)
+    events: list[Event] = []
+
+    async def scenario() -> None:
+        async for event in replica.make([task("a")], 3, 7):
+            events.append(event)
+
+    with pytest.raises(Ended):
+        asyncio.run(scenario())
+    assert not events
 
 
 def test_a_stuck_replica_is_not_healthy(replica: ModelReplica, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,12 @@ from hartist.generation.loading import find_model
 from hartist.generation.model_options import ModelOptions, absolute
 from hartist.serving.prompt_filter import AllowAll, PromptFilter, WordFilter
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
 
 def run(args: argparse.Namespace) -> int:
     try:
         from fastapi import FastAPI
 
-        from hartist.serving.access import AccessRules, require_key_outside
+        from hartist.serving.access import LOOPBACK, AccessRules, outside, read_keys
         from hartist.serving.app import ServerOptions, create_app
         from hartist.serving.model import WorkerOptions
         from hartist.serving.run import listen, serve
@@ -32,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     settle_replicas(args)
-    keys = tuple(key.strip() for key in os.environ.get("HARTIST_API_KEY", "").split(",") if key.strip())
-    problem = require_key_outside(args.host, keys, args.allow_anonymous)
-    if problem:
-        raise UserError(problem)
+    keys = read_keys(os.environ.get("HARTIST_API_KEY"))
+    way_in = outside(args.host, args.allow_host)
+    if way_in and not keys and not args.allow_anonymous:
+        raise UserError(f"{way_in}; set HARTIST_API_KEY, or pass --allow-anonymous")
     path = find_model(args.model)  # a wrong name is told before anything is started
     worker = WorkerOptions(
         ModelOptions(
@@ -98,7 +96,9 @@ def _prompt_filter(args: argparse.Namespace) -> Callable[[], PromptFilter]:
 
     Raises UserError for what doesn't go together, and for a list that can't be read.
     """
-    words = args.blocked_words is not None or args.host not in LOOPBACK
+    from hartist.serving.access import outside
+
+    words = args.blocked_words is not None or outside(args.host, args.allow_host) is not None
     kind = args.prompt_filter or ("words" if words else "none")
     if args.blocked_words is not None and kind != "words":
         raise UserError("--blocked-words goes with --prompt-filter words")

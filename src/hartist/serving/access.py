@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hartist.errors import UserError
 from hartist.serving.errors import ApiError, reply_to
+from hartist.serving.tickets import Draining, QueueFull
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = ("/healthz", "/readyz")
 """What a load balancer asks needs no key."""
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d{0,5})?", re.ASCII | re.IGNORECASE)
@@ -193,9 +197,33 @@ class Rates:
             )
         self._buckets[client] = (level - images, now)
 
+    @contextlib.contextmanager
+    def charged(self, client: str, images: int) -> Iterator[None]:
+        """Count `images` as `take` does, unless it turns out within that the server has no room for them."""
+        self.take(client, images)
+        try:
+            yield
+        except (QueueFull, Draining):
+            if client in self._buckets:
+                level, then = self._buckets[client]
+                self._buckets[client] = (level + images, then)
+            raise
 
-def require_key_outside(host: str, keys: Sequence[str], allow_anonymous: bool) -> str | None:
-    """What is wrong with serving at `host` with these keys, if anything."""
-    if host in ("127.0.0.1", "::1", "localhost") or keys or allow_anonymous:
-        return None
-    return f"{host} can be reached from other machines; set HARTIST_API_KEY, or pass --allow-anonymous"
+
+def outside(host: str, allowed: Sequence[str]) -> str | None:
+    """Why other machines can ask a server that listens at `host` and allows these names; None if they can't.
+
+    A name that isn't this machine's own is one that a proxy passes on.
+    """
+    if host not in LOOPBACK:
+        return f"{host} can be reached from other machines"
+    named = [name for name in allowed if name.lower() not in LOOPBACK]
+    return f"--allow-host {named[0]} lets other machines ask, by a proxy" if named else None
+
+
+def read_keys(text: str | None) -> tuple[str, ...]:
+    """The keys in HARTIST_API_KEY, separated by commas. Raises UserError if it is set, but to none."""
+    keys = tuple(key.strip() for key in (text or "").split(",") if key.strip())
+    if text is not None and not keys:
+        raise UserError("HARTIST_API_KEY is set but holds no key; give one, or unset it to serve without")
+    return keys

@@ -117,10 +117,12 @@ def routes(server: Server) -> APIRouter:
     @router.post("/v1/images/generations", response_model=ImageReply, response_model_exclude_none=True)
     async def generate(body: ImageRequest, request: Request) -> Any:
         """Make pictures. With `stream` the reply is `text/event-stream`."""
+        arrived = asyncio.get_running_loop().time()
         service = server.ready_service()
-        server.rates.take(request.scope.get("hartist_client", "local"), body.n)  # a prompt filter may cost time
-        tasks = await service.tasks(body)
-        ticket = server.scheduler.submit(tasks)
+        tasks = service.tasks(body)
+        with server.rates.charged(request.scope.get("hartist_client", "local"), body.n):
+            await unless_disconnected(request, service.allow(body, arrived))
+            ticket = server.scheduler.submit(tasks, arrived)
         if body.stream:
             events = service.stream(body, ticket)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from hartist.errors import UserError
-from hartist.serving.scheduler import DeadlineExceeded, Draining, QueueFull
+from hartist.serving.tickets import DeadlineExceeded, Draining, QueueFull
 
 log = logging.getLogger("hartist.serving")
 

@@ -19,9 +19,10 @@ from hartist.serving.metrics import Metrics
 from hartist.serving.pauses import with_pauses
 from hartist.serving.prompt_filter import PromptFilter
 from hartist.serving.results import Results
-from hartist.serving.scheduler import Scheduler, Ticket
+from hartist.serving.scheduler import Scheduler
 from hartist.serving.schemas import ImageData, ImageReply, ImageRequest
 from hartist.serving.tasks import Failed, Finished, ImageTask, ModelInfo, Preview
+from hartist.serving.tickets import Ticket
 
 SETTINGS = ("guidance", "top_k", "top_p", "temperature", "residual", "diffusion_steps")
 Kind = Literal["png", "jpeg", "webp"]
@@ -41,14 +42,14 @@ class ImageService:
     max_prompt: int = 4000
     """Characters."""
 
-    async def tasks(self, request: ImageRequest) -> list[ImageTask]:
+    def tasks(self, request: ImageRequest) -> list[ImageTask]:
         """The pictures that a request asks for. Raises ApiError or UserError for what can't be made."""
         self._check_model(request.model)
         self._check_size(request.size)
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
             if text is not None and len(text) > self.max_prompt:
                 raise ApiError(400, f"{name} may have {self.max_prompt} characters", code="string_too_long", param=name)
-        await self._check_prompt(request)
+        self._check_prompt(request)
         changes = {name: getattr(request, name) for name in SETTINGS if getattr(request, name) is not None}
         settings = override(self.info.settings, **({**FAST, **changes} if request.fast else changes))
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
@@ -69,7 +70,21 @@ class ImageService:
         if size not in (None, "auto", own):
             raise ApiError(400, f"this model makes pictures of {own}; ask for that or auto", param="size")
 
-    async def _check_prompt(self, request: ImageRequest) -> None:
+    async def allow(self, request: ImageRequest, arrived: float) -> None:
+        """Ask the prompt filter, which may cost time.
+
+        Raises ApiError if it says no, DeadlineExceeded if it doesn't answer by the request's deadline, and QueueFull.
+        """
+        if self.info.num_classes:
+            return
+        async with self.scheduler.in_time(arrived):
+            allowed = await self.prompt_filter.allows(request.prompt)
+        if not allowed:
+            raise ApiError(
+                400, "the prompt filter does not allow this prompt", code="content_policy_violation", param="prompt"
+            )
+
+    def _check_prompt(self, request: ImageRequest) -> None:
         if self.info.num_classes:
             if not (request.prompt.isascii() and request.prompt.isdigit() and len(request.prompt) < 10):
                 raise ApiError(400, "this model takes the number of a class as its prompt", param="prompt")
@@ -81,10 +96,6 @@ class ImageService:
         check_prompt(request.prompt)
         if request.negative_prompt:
             check_text(request.negative_prompt, "the negative prompt")
-        if not await self.prompt_filter.allows(request.prompt):
-            raise ApiError(
-                400, "the prompt filter does not allow this prompt", code="content_policy_violation", param="prompt"
-            )
 
     # ----------------------------------------------------------------- the two kinds of answer
 

@@ -57,14 +57,28 @@ class Counted:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        def count(status: int) -> None:
+            # The pattern, not the path: what clients make up must not become a label.
+            self.metrics.requests.labels(getattr(scope.get("route"), "path", "other"), str(status)).inc()
+
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                # The pattern, not the path: what clients make up must not become a label.
-                route = getattr(scope.get("route"), "path", "other")
-                self.metrics.requests.labels(route, str(message["status"])).inc()
+                started = True
+                count(message["status"])
             await send(message)
 
-        await self.app(scope, receive, counted if scope["type"] == "http" else send)
+        try:
+            await self.app(scope, receive, counted)
+        except Exception:
+            if not started:
+                count(500)  # whoever catches it answers so, and is further out than this
+            raise
 
 
 class _SchedulerCounters(Collector):

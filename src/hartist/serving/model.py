@@ -13,6 +13,7 @@ from hartist.serving.tasks import Event, Failed, Finished, ModelInfo, Task
 
 log = logging.getLogger("hartist.serving")
 
+MAX_FAILURES = 2
 INTERNAL = "the model failed on this request; the server's log says why"
 
 
@@ -27,6 +28,10 @@ class WorkerOptions:
 
 class Hangup(Exception):
     """Whoever asked for a batch is gone, or wants no more: there is nobody to tell what fails."""
+
+
+class Unfit(Exception):
+    """This process can't be trusted with the model any longer: another one has to take its place."""
 
 
 def load_pipeline(options: WorkerOptions) -> tuple[Any, Any]:
@@ -55,38 +60,70 @@ def model_info(pipeline: Any) -> ModelInfo:
     )
 
 
-def run_guarded(
-    pipeline: Any,
-    blocks: Any,
-    tasks: Sequence[Task],
-    cancelled: Callable[[], set[str]],
-    emit: Callable[[Event], None],
-) -> None:
-    """`run_batch`; whatever fails, every task that is still wanted gets an end. Raises Hangup, if one of these does."""
-    from hartist.serving.batch import run_batch
+@dataclass
+class GuardedModel:
+    """A loaded model that fails in words."""
 
-    over: set[str] = set()
-    gone: set[str] = set()
+    pipeline: Any
+    blocks: Any = None
+    failures: int = 0
+    """Batches in a row that failed for no fault of a request's, and of which nothing was finished."""
 
-    def asked() -> set[str]:
-        gone.update(cancelled())
-        return gone
+    def run(self, tasks: Sequence[Task], cancelled: Callable[[], set[str]], emit: Callable[[Event], None]) -> None:
+        """`run_batch`; whatever fails, every task that is still wanted gets an end.
 
-    def told(event: Event) -> None:
-        if isinstance(event, Finished | Failed):
-            over.add(event.task_id)
-        emit(event)
+        If a batch fails for no fault of a request's, what is left of it is made again, one task after another, and only
+        those that fail again are given up. Raises Hangup, if `cancelled` or `emit` does. Raises Unfit after an error of
+        the device, with tasks that have no end yet, and once MAX_FAILURES batches in a row came to nothing.
+        """
+        over: set[str] = set()
+        gone: set[str] = set()
+        finished = False
 
-    try:
-        run_batch(pipeline, tasks, asked, told, blocks)
-    except Hangup:
-        raise
-    except Exception as error:
-        if isinstance(error, UserError):
-            message = str(error)
-        else:
-            message = INTERNAL
-            log.exception("a batch failed: %s", tasks)
+        def asked() -> set[str]:
+            gone.update(cancelled())
+            return gone
+
+        def told(event: Event) -> None:
+            nonlocal finished
+            if isinstance(event, Finished | Failed):
+                over.add(event.task_id)
+                finished |= isinstance(event, Finished)
+            emit(event)
+
+        def attempt(some: Sequence[Task]) -> str | None:
+            """What they are told if they fail."""
+            from hartist.serving.batch import run_batch
+
+            try:
+                run_batch(self.pipeline, some, asked, told, self.blocks)
+            except Hangup:
+                raise
+            except UserError as error:
+                return str(error)
+            except Exception as error:
+                log.exception("a batch failed: %s", some)
+                if _lost_device(error):
+                    raise Unfit("the device failed") from error
+                return INTERNAL
+            return None
+
+        message = attempt(tasks)
+        broken = message == INTERNAL
         for task in tasks:
-            if task.id not in over | gone:
-                emit(Failed(task.id, message))
+            if broken and len(tasks) > 1 and task.id not in over | gone:
+                message = attempt([task])
+            if message is not None and task.id not in over | gone:
+                told(Failed(task.id, message))
+        self.failures = self.failures + 1 if broken and not finished else 0
+        if self.failures >= MAX_FAILURES:
+            raise Unfit(f"{self.failures} batches in a row failed")
+
+
+def _lost_device(error: Exception) -> bool:
+    """Whether an accelerator is of no more use to this process; one that is merely out of memory is."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)

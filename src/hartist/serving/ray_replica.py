@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,9 +18,11 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from hartist.serving.model import WorkerOptions, load_pipeline, model_info, run_guarded
+from hartist.serving.model import GuardedModel, Unfit, WorkerOptions, load_pipeline, model_info
 from hartist.serving.tasks import Event, ModelInfo, Task
 from hartist.serving.worker import WorkerLost
+
+log = logging.getLogger("hartist.serving")
 
 APP, FRONT = "hartist", "Front"
 """Names of the application and of its deployment that answers requests."""
@@ -31,14 +35,14 @@ class ModelReplica:
     """A model in a process of its own, which Ray starts and watches; one batch at a time."""
 
     def __init__(self, options: WorkerOptions, stall_seconds: float) -> None:
-        self.pipeline, self.blocks = load_pipeline(options)
+        self.model = GuardedModel(*load_pipeline(options))
         self.stall_seconds = stall_seconds
         self.busy_since: float | None = None
         """When the batch under way finished its last scale."""
 
     async def info(self) -> ModelInfo:
         """What clients are told about the model."""
-        return model_info(self.pipeline)
+        return model_info(self.model.pipeline)
 
     async def check_health(self) -> None:
         """Ray asks now and then, and replaces a replica that raises: one that finishes no scale."""
@@ -63,6 +67,9 @@ class ModelReplica:
             gone.update(task.id for task in tasks)  # whoever asked may have gone
             watching.cancel()
             await asyncio.wait([working])  # the model is free again after its scale
+        if isinstance(working.exception(), Unfit):
+            log.error("%s: this replica ends", working.exception())
+            os._exit(1)  # Ray starts another one, and the application makes anew what has no end
 
     def _work(self, tasks: list[Task], gone: set[str], send: Callable[[Event | None], None]) -> None:
         def cancelled() -> set[str]:
@@ -70,7 +77,7 @@ class ModelReplica:
             return gone.copy()
 
         try:
-            run_guarded(self.pipeline, self.blocks, tasks, cancelled, send)
+            self.model.run(tasks, cancelled, send)
         finally:
             self.busy_since = None
             send(None)

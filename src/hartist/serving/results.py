@@ -1,4 +1,4 @@
-"""Finished pictures that are fetched by an address of their own (`response_format: url`), kept for some minutes"""
+"""Finished pictures that are fetched by an address of their own (`response_format: url`), kept for an hour at most"""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def serve(app: FastAPI, listener: socket.socket, *, head_seconds: float = 15.0) 
     config = uvicorn.Config(
         app,
         http=guarded_protocol(head_seconds, max(16, most)),
-        ws="none" if not getattr(app.state, "websockets", False) else "auto",
+        ws="none",
         timeout_keep_alive=int(max(1, head_seconds)),
         # Streams end by themselves when the scheduler has drained; this is for what does not.
         timeout_graceful_shutdown=int(app.state.server.options.drain_seconds) + 5,

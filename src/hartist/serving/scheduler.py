@@ -12,17 +12,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from hartist.errors import UserError
 from hartist.serving.tasks import Event, Failed, Finished, ModelInfo, Task
+from hartist.serving.tickets import DeadlineExceeded, Draining, QueueFull, Ticket
 from hartist.serving.worker import WorkerLost
 
 log = logging.getLogger("hartist.serving")
 
 LOST = "the worker that made this picture was lost, more than once; try again later"
 DRAINING = "the server is shutting down; try another one"
+
+TRIED = 2
+"""Attempts after which an image is made alone."""
 
 T = TypeVar("T", bound=Task)
 
@@ -42,22 +46,6 @@ class Backend(Protocol):
     async def stop(self) -> None: ...
 
 
-class QueueFull(Exception):
-    """No room for a request now."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(f"the queue is full; try again in {retry_after} s")
-        self.retry_after = retry_after
-
-
-class Draining(Exception):
-    """The server takes no more requests, and has no time or no worker left for those that it has accepted."""
-
-
-class DeadlineExceeded(Exception):
-    """A request was not finished in time."""
-
-
 @dataclass(frozen=True)
 class Limits:
     max_batch: int = 8
@@ -71,28 +59,6 @@ class Limits:
 
 
 @dataclass
-class Ticket(Generic[T]):
-    """An accepted request, with what becomes of it in `events`."""
-
-    tasks: Sequence[T]
-    waiting: deque[T]
-    unfinished: set[str]
-    attempts: dict[str, int] = field(default_factory=dict)
-    _events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
-
-    async def events(self) -> AsyncIterator[Event]:
-        """Events of all its tasks until each is finished or failed. Raises DeadlineExceeded or Draining."""
-        left = {task.id for task in self.tasks}
-        while left:
-            event = await self._events.get()
-            if isinstance(event, Exception):
-                raise event
-            if isinstance(event, Finished | Failed):
-                left.discard(event.task_id)
-            yield event
-
-
-@dataclass
 class Statistics:
     """Counted since the start."""
 
@@ -100,8 +66,6 @@ class Statistics:
     failed: int = 0
     cancelled: int = 0
     retried: int = 0
-    batches: int = 0
-    batched_images: int = 0
     workers_lost: int = 0
 
 
@@ -123,6 +87,8 @@ class Scheduler:
         self._running: dict[str, Backend] = {}
         self._work, self._idle = asyncio.Event(), asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
+        self._loops = 0
+        """Backends that have, or may get back, a loaded model."""
         self._drain: asyncio.Task[None] | None = None
         self._seconds_per_image = 1.0
 
@@ -133,9 +99,9 @@ class Scheduler:
         infos = await asyncio.gather(*(backend.start() for backend in self.backends), return_exceptions=True)
         for info in infos:
             if isinstance(info, BaseException):
-                await asyncio.gather(*(backend.stop() for backend in self.backends))
+                await asyncio.gather(*(backend.stop() for backend in self.backends), return_exceptions=True)
                 raise UserError(str(info)) if isinstance(info, WorkerLost) else info
-        self.ready = len(self.backends)
+        self.ready = self._loops = len(self.backends)
         self._workers = [asyncio.create_task(self._serve(backend)) for backend in self.backends]
         return infos[0]  # type: ignore[return-value]
 
@@ -172,8 +138,11 @@ class Scheduler:
     def running(self) -> int:
         return len(self._running)
 
-    def submit(self, tasks: Sequence[T]) -> Ticket[T]:
-        """Accept a request. Raises QueueFull or Draining, and UserError if it could never be accepted."""
+    def submit(self, tasks: Sequence[T], arrived: float | None = None) -> Ticket[T]:
+        """Accept a request whose deadline counts from `arrived`, by the event loop's clock, or from now.
+
+        Raises QueueFull or Draining, and UserError if it could never be accepted.
+        """
         if self.draining or self.fatal:
             raise Draining(self.fatal or DRAINING)
         if len(tasks) > self.limits.max_queue:
@@ -186,8 +155,20 @@ class Scheduler:
             self._owners[task.id] = ticket
         self._enqueue(ticket)
         loop = asyncio.get_running_loop()
-        loop.call_later(self.limits.deadline_seconds, self._expire, ticket)
+        end = (loop.time() if arrived is None else arrived) + self.limits.deadline_seconds
+        ticket.timer = loop.call_at(end, self._expire, ticket)
         return ticket
+
+    @contextlib.asynccontextmanager
+    async def in_time(self, arrived: float) -> AsyncIterator[None]:
+        """Around what a request needs before it is submitted. Raises DeadlineExceeded once its deadline is over."""
+        try:
+            async with asyncio.timeout_at(arrived + self.limits.deadline_seconds) as limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self._late() from None
 
     def cancel(self, ticket: Ticket) -> None:
         """Give up a request: what waits is dropped, what is being made stops after its scale."""
@@ -202,18 +183,20 @@ class Scheduler:
             self._disown(task_id)
         for backend, ids in by_backend.values():
             backend.cancel(ids)
-        ticket.unfinished.clear()
-        ticket.waiting.clear()
+        ticket.close()
         self._forget(ticket)
 
     def _expire(self, ticket: Ticket) -> None:
         if ticket.unfinished:
-            self._end(ticket, DeadlineExceeded(f"not finished within {self.limits.deadline_seconds:g} s"))
+            self._end(ticket, self._late())
+
+    def _late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"not finished within {self.limits.deadline_seconds:g} s")
 
     def _end(self, ticket: Ticket, error: Exception) -> None:
         """Whoever waits for its events gets this error."""
         self.cancel(ticket)
-        ticket._events.put_nowait(error)
+        ticket.end(error)
 
     def _end_all(self, error: Exception) -> None:
         for ticket in {id(ticket): ticket for ticket in self._owners.values()}.values():
@@ -227,27 +210,31 @@ class Scheduler:
             while not self._tickets:
                 self._work.clear()
                 await self._work.wait()
-            batch = self._next_batch(backend)
-            started = time.monotonic()
-            try:
-                await backend.run(batch, self._deliver)
-            except WorkerLost as error:
-                log.error("%s; %d images were under way", error, len(batch))
-                self.statistics.workers_lost += 1
-                self.ready -= 1
-                self._again(batch)
-                await self._revive(backend)
-                continue
-            finally:
-                for task in batch:
-                    self._running.pop(task.id, None)
-            seconds = time.monotonic() - started
-            self._seconds_per_image += 0.2 * (seconds / len(batch) - self._seconds_per_image)
-            self.statistics.batches += 1
-            self.statistics.batched_images += len(batch)
-            self.on_batch(len(batch), seconds)
+            if not await self._make(self._next_batch(backend), backend) and not await self._revive(backend):
+                return
 
-    async def _revive(self, backend: Backend) -> None:
+    async def _make(self, batch: list[Task], backend: Backend) -> bool:
+        """Have a batch made; False if its backend was lost, whose images are put back by then."""
+        started = time.monotonic()
+        try:
+            await backend.run(batch, self._deliver)
+        except Exception as error:
+            log.error("%s; %d images were under way", error, len(batch), exc_info=_unforeseen(error))
+            self.statistics.workers_lost += 1
+            self.ready -= 1
+            self._again(batch)
+            return False
+        finally:
+            for task in batch:
+                if self._running.get(task.id) is backend:  # and not with another one, which has begun it anew
+                    del self._running[task.id]
+        seconds = time.monotonic() - started
+        self._seconds_per_image += 0.2 * (seconds / len(batch) - self._seconds_per_image)
+        self.on_batch(len(batch), seconds)
+        return True
+
+    async def _revive(self, backend: Backend) -> bool:
+        """Start a backend anew, however often that takes; False if it never can be."""
         pause = 0.1
         while True:
             try:
@@ -255,16 +242,17 @@ class Scheduler:
                 await backend.start()
             except UserError as error:  # the model's files are gone or damaged: no use in going on
                 log.error("a worker cannot be started again: %s", error)
-                if self.ready == 0:
+                self._loops -= 1
+                if not self._loops:
                     self._give_up()
-                raise
-            except WorkerLost as error:
-                log.error("%s; another try in %.1f s", error, pause)
+                return False
+            except Exception as error:  # no memory, no files to open: that may pass
+                log.error("%s; another try in %.1f s", error, pause, exc_info=_unforeseen(error))
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 30.0)
             else:
                 self.ready += 1
-                return
+                return True
 
     def _give_up(self) -> None:
         self.fatal = (
@@ -278,19 +266,20 @@ class Scheduler:
         An image that has lost two workers already is made alone: if it is what kills them, nothing else suffers.
         """
         first = self._tickets[0]
-        size = 1 if first.attempts.get(first.waiting[0].id, 0) >= 2 else self.limits.max_batch
+        size = 1 if first.tried(first.waiting[0]) >= TRIED else self.limits.max_batch
         shape = first.waiting[0].shape
         chosen: list[Task] = []
         served: list[Ticket] = []
         while len(chosen) < size:
             before = len(chosen)
             for ticket in self._tickets:
-                if ticket.waiting and ticket.waiting[0].shape == shape and len(chosen) < size:
-                    task = ticket.waiting.popleft()
-                    ticket.attempts[task.id] = ticket.attempts.get(task.id, 0) + 1
-                    chosen.append(task)
-                    if all(ticket is not t for t in served):
-                        served.append(ticket)
+                if len(chosen) == size or not ticket.waiting or ticket.waiting[0].shape != shape:
+                    continue
+                if chosen and ticket.tried(ticket.waiting[0]) >= TRIED:
+                    continue  # till it is the first
+                chosen.append(ticket.begin())
+                if all(ticket is not t for t in served):
+                    served.append(ticket)
             if len(chosen) == before:
                 break
         for ticket in served:
@@ -307,7 +296,7 @@ class Scheduler:
             ticket = self._owners.get(task.id)
             if ticket is None:
                 continue
-            if ticket.attempts[task.id] >= self.limits.attempts:
+            if ticket.tried(task) >= self.limits.attempts:
                 self._deliver(Failed(task.id, LOST, retry=True))
                 continue
             self.statistics.retried += 1
@@ -327,7 +316,9 @@ class Scheduler:
             ticket.unfinished.discard(event.task_id)
             self._running.pop(event.task_id, None)
             self._disown(event.task_id)
-        ticket._events.put_nowait(event)
+        ticket.tell(event)
+        if not ticket.unfinished:
+            ticket.close()
 
     def _disown(self, task_id: str) -> None:
         self._owners.pop(task_id, None)
@@ -340,3 +331,8 @@ class Scheduler:
 
     def _forget(self, ticket: Ticket) -> None:
         self._tickets = deque(t for t in self._tickets if t is not ticket)
+
+
+def _unforeseen(error: Exception) -> Exception | None:
+    """What the log gets a traceback of."""
+    return None if isinstance(error, WorkerLost) else error

@@ -24,7 +24,7 @@ class ImageRequest(BaseModel):
     n: int = Field(1, ge=1, le=MAX_IMAGES, strict=True, description="How many pictures; picture i has seed + i.")
     size: str | None = Field(None, max_length=32, description="`auto`, or the model's own size.")
     response_format: Literal["b64_json", "url"] | None = Field(
-        None, description="`b64_json` (default), or `url` of a picture that is kept for some minutes."
+        None, description="`b64_json` (default), or `url` of a picture that is kept for an hour at most."
     )
     output_format: Literal["png", "jpeg", "webp"] | None = Field(
         None, description="png by default; every kind says how it was made."

@@ -14,7 +14,7 @@ import torch
 
 from hartist.errors import UserError
 from hartist.generation.devices import choose_device
-from hartist.serving.scheduler import QueueFull
+from hartist.serving.tickets import QueueFull
 
 MODEL = "google/shieldgemma-2b"
 THRESHOLD = 0.5

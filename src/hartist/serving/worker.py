@@ -11,16 +11,17 @@ import atexit
 import contextlib
 import logging
 import multiprocessing
+import pickle
 import signal
-import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from hartist.errors import UserError
-from hartist.serving.model import Hangup, WorkerOptions, load_pipeline, model_info, run_guarded
+from hartist.serving.channel import Channel
+from hartist.serving.model import GuardedModel, Hangup, Unfit, WorkerOptions, load_pipeline, model_info
 from hartist.serving.tasks import Event, ModelInfo, Task
 
 log = logging.getLogger("hartist.serving")
@@ -60,9 +61,10 @@ class _BatchDone:
 
 @dataclass(frozen=True)
 class _Broken:
-    """The model could not be loaded."""
+    """The model could not be loaded, and never can be if `lasting`."""
 
     message: str
+    lasting: bool
 
 
 # ---------------------------------------------------------------------- the worker's side
@@ -74,12 +76,13 @@ def _main(pipe: Connection, options: WorkerOptions) -> None:
     try:
         pipeline, blocks = load_pipeline(options)
     except UserError as error:
-        pipe.send(_Broken(str(error)))
+        pipe.send(_Broken(str(error), True))
         return
-    except Exception as error:
+    except Exception as error:  # no memory, no files to open, a full disk: that may pass
         log.exception("a worker could not load its model")
-        pipe.send(_Broken(f"the model could not be loaded: {type(error).__name__}"))
+        pipe.send(_Broken(f"the model could not be loaded: {type(error).__name__}", False))
         return
+    model = GuardedModel(pipeline, blocks)
     pipe.send(model_info(pipeline))
     try:
         while True:
@@ -87,13 +90,16 @@ def _main(pipe: Connection, options: WorkerOptions) -> None:
             if isinstance(message, _Stop):
                 return
             if isinstance(message, _Batch):
-                _work(pipe, pipeline, blocks, message.tasks)
+                _work(pipe, model, message.tasks)
                 pipe.send(_BatchDone())
-    except (EOFError, OSError, Hangup):
+    except (EOFError, OSError, pickle.UnpicklingError, Hangup):
         return  # the server is gone or wants no more
+    except Unfit as error:
+        log.error("%s: this worker ends", error)
+        pipe.close()  # at once, whatever else there is to end
 
 
-def _work(pipe: Connection, pipeline: Any, blocks: Any, tasks: list[Task]) -> None:
+def _work(pipe: Connection, model: GuardedModel, tasks: list[Task]) -> None:
     gone: set[str] = set()
 
     def send(message: Any) -> None:
@@ -111,11 +117,11 @@ def _work(pipe: Connection, pipeline: Any, blocks: Any, tasks: list[Task]) -> No
                     raise Hangup
                 if isinstance(message, _Cancel):
                     gone.update(message.ids)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise Hangup from error
         return gone
 
-    run_guarded(pipeline, blocks, tasks, cancelled, send)
+    model.run(tasks, cancelled, send)
 
 
 # ---------------------------------------------------------------------- the server's side
@@ -140,8 +146,7 @@ class WorkerProcess:
     """A worker that finishes no scale for so long is taken for stuck, and killed."""
     info: ModelInfo | None = None
     _process: Any = None
-    _pipe: Connection | None = None
-    _messages: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    _channel: Channel | None = None
 
     @property
     def pid(self) -> int | None:
@@ -158,36 +163,35 @@ class WorkerProcess:
         """
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self._messages = asyncio.Queue()
-        self._process = context.Process(target=_main, args=(theirs, self.options), name="hartist-worker", daemon=True)
-        self._process.start()
-        _processes.add(self._process)
-        theirs.close()
-        self._pipe = ours
-        reader = threading.Thread(
-            target=_read, args=(ours, asyncio.get_running_loop(), self._messages), name="hartist-pipe", daemon=True
-        )
-        reader.start()
-        message = await self._messages.get()
+        try:
+            process = context.Process(target=_main, args=(theirs, self.options), name="hartist-worker", daemon=True)
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._process = process
+        _processes.add(process)
+        self._channel = Channel(ours)
+        message = await self._channel.receive()
         if isinstance(message, ModelInfo):
             self.info = message
             return message
         await self.stop()
-        if isinstance(message, _Broken):
-            raise UserError(message.message)
-        raise WorkerLost("the worker died while it loaded the model; is there enough memory?")
+        if not isinstance(message, _Broken):
+            raise WorkerLost("the worker died while it loaded the model; is there enough memory?")
+        raise UserError(message.message) if message.lasting else WorkerLost(message.message)
 
     async def run(self, tasks: list[Task], deliver: Callable[[Event], None]) -> None:
         """Have a batch made; `deliver` is called with every event. Raises WorkerLost."""
-        assert self._pipe is not None
-        try:
-            await asyncio.to_thread(self._pipe.send, _Batch(tasks))
-        except (OSError, ValueError) as error:
-            raise WorkerLost("the worker's pipe is closed") from error
+        assert self._channel is not None
+        channel = self._channel
+        channel.send(_Batch(tasks))
         while True:
             try:
                 async with asyncio.timeout(self.stall_seconds):  # wait_for may lose a cancellation
-                    message = await self._messages.get()
+                    message = await channel.receive()
             except TimeoutError:
                 self.kill()
                 raise WorkerLost(f"the worker finished no scale for {self.stall_seconds:.0f} s") from None
@@ -200,11 +204,8 @@ class WorkerProcess:
 
     def cancel(self, ids: list[str]) -> None:
         """Drop tasks of the batch under way, after the scale that is being computed."""
-        try:
-            assert self._pipe is not None
-            self._pipe.send(_Cancel(ids))
-        except (OSError, ValueError):
-            pass  # it is gone; whoever runs the batch hears of it
+        if self._channel is not None:
+            self._channel.send(_Cancel(ids))
 
     def kill(self) -> None:
         if self._process is not None:
@@ -213,29 +214,14 @@ class WorkerProcess:
     async def stop(self, patience: float = 5.0) -> None:
         """End the process: ask, wait, then kill."""
         process, self._process = self._process, None
-        if self._pipe is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._pipe.send(_Stop())
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.send(_Stop())
         if process is not None:
             await asyncio.to_thread(process.join, patience)
             if process.is_alive():
                 process.kill()
                 await asyncio.to_thread(process.join)
             process.close()
-        if self._pipe is not None:
-            self._pipe.close()  # the reading thread has seen its end by now
-
-
-def _read(pipe: Connection, loop: asyncio.AbstractEventLoop, messages: asyncio.Queue[Any]) -> None:
-    """Hand on what a worker sends; None when there will be no more."""
-    while True:
-        try:
-            message = pipe.recv()
-        except (EOFError, OSError, TypeError):  # closed at either end; TypeError: closed while it was read
-            message = None
-        try:
-            loop.call_soon_threadsafe(messages.put_nowait, message)
-        except RuntimeError:
-            return  # the loop is closed
-        if message is None:
-            return
+        if channel is not None:
+            await channel.close()

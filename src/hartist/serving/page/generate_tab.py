@@ -137,18 +137,20 @@ class GenerateTab:
         """Make pictures; yields what the stage shows at every scale, at last an alert if it went wrong."""
         stage = None
         try:
+            arrived = asyncio.get_running_loop().time()
             service = self.server.ready_service()
-            self.server.rates.take(visitor.client, asked.n)
-            tasks = await service.tasks(asked)
-            stage = Stage(service.info, tasks, service.results)
-            yield stage.value()
-            async with aclosing(self.runs.follow(visitor, tasks)) as events:
-                async for event in events:
-                    if event is None:
-                        stage.wait(self.server.scheduler.waiting)
-                    else:
-                        await stage.add(event)
-                    yield stage.value()
+            tasks = service.tasks(asked)
+            with self.server.rates.charged(visitor.client, asked.n):
+                await service.allow(asked, arrived)
+                stage = Stage(service.info, tasks, service.results)
+                yield stage.value()
+                async with aclosing(self.runs.follow(visitor, tasks, arrived)) as events:
+                    async for event in events:
+                        if event is None:
+                            stage.wait(self.server.scheduler.waiting)
+                        else:
+                            await stage.add(event)
+                        yield stage.value()
             stage.end("done")
             yield stage.value()
         except Stopped as reason:

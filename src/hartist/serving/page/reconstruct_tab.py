@@ -42,16 +42,16 @@ class ReconstructTab:
             self.server.ready_service()
             visitor = Visitor.of(request)
             task = ReconstructTask(secrets.token_hex(8), picture_of(event._data))
-            self.server.rates.take(visitor.client, 1)
-            yield message("waiting", WAITING)
-            async with aclosing(self.runs.follow(visitor, [task])) as events:
-                async for news in events:
-                    if news is None:
-                        yield message("waiting", WAITING)  # to whoever is still there: if nobody is, this ends here
-                    if isinstance(news, Failed):
-                        raise failure(news) if news.retry else UserError(news.message)
-                    if isinstance(news, Reconstructed):
-                        yield message("done", "") | {"pictures": self._pictures(news)}
+            with self.server.rates.charged(visitor.client, 1):
+                yield message("waiting", WAITING)
+                async with aclosing(self.runs.follow(visitor, [task])) as events:
+                    async for news in events:
+                        if news is None:
+                            yield message("waiting", WAITING)  # if nobody is there any more, this ends here
+                        if isinstance(news, Failed):
+                            raise failure(news) if news.retry else UserError(news.message)
+                        if isinstance(news, Reconstructed):
+                            yield message("done", "") | {"pictures": self._pictures(news)}
         except Stopped:
             return  # another picture was dropped
         except Exception as error:

@@ -51,12 +51,14 @@ class Runs:
         if visitor in self._stops:
             self._stops[visitor].set()
 
-    async def follow(self, visitor: Visitor, tasks: Sequence[Task]) -> AsyncGenerator[Event | None, None]:
+    async def follow(
+        self, visitor: Visitor, tasks: Sequence[Task], arrived: float | None = None
+    ) -> AsyncGenerator[Event | None, None]:
         """Events of tasks until all are done, and None now and then. However this ends, the tasks end with it.
 
         Raises Stopped, and what `Scheduler.submit` and `Ticket.events` raise.
         """
-        ticket = self.scheduler.submit(tasks)
+        ticket = self.scheduler.submit(tasks, arrived)
         self.stop(visitor)
         stop = self._stops[visitor] = asyncio.Event()
         stopped = asyncio.ensure_future(stop.wait())
