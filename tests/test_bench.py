@@ -267,7 +267,7 @@ def test_fast_mode_is_measured_with_its_shortcuts(tiny_preset: str) -> None:
     fast = run_bench(quick(tiny_preset, roofline=False, sampling=dict(FAST)))
     assert fast.sampling.diffusion_steps == FAST["diffusion_steps"]
     assert fast.work.transformer.total < exact.work.transformer.total
-    assert fast.work.residual.total < exact.work.residual.total / 4  # half the steps, three quarters of the cells, one branch
+    assert fast.work.residual.total < exact.work.residual.total / 4  # half the steps, 3/4 of the cells, one branch
     assert "diffusion_steps" in format_bench(fast)
 
 
