@@ -16,7 +16,7 @@ from hartist.tokenizer.autoencoder import Decoder, Level, ResidualBlock, Upsampl
 from hartist.tokenizer.hybrid import HybridTokenizer
 
 ROWS = 64
-MIN_CELLS = 192 * 192
+MIN_CELLS = 384 * 384
 """Smaller maps are decoded whole."""
 
 
