@@ -620,7 +620,7 @@ def test_many_processes_make_what_one_makes_though_one_is_killed(model: Path, tm
         assert running.wait(300) == 0, (tmp_path / "log.txt").read_text()
     finally:
         running.kill()
-    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+    wait_for(lambda: not [pid for pid in processes if Path(f"/proc/{pid}").exists()])
     made = {path.name: path.read_bytes() for path in two.glob("*.png")}
     assert len(made) == 24
     assert made == {path.name: path.read_bytes() for path in one.glob("*.png")}
