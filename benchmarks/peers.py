@@ -27,12 +27,12 @@ from hartist.commands.flags_training import integers
 from hartist.commands.output import require_writable
 from hartist.config import ResidualConfig, TokenizerConfig
 from hartist.errors import UserError
-from hartist.evaluation.bench.hardware import machine, now, peak, reset_peak
+from hartist.evaluation.bench.hardware import machine, peak, reset_peak
 from hartist.evaluation.bench.macs import count_macs, generation_work
 from hartist.evaluation.bench.models import find_preset, random_pipeline, randomise
 from hartist.evaluation.bench.timing import Timing, requests_for, time_run
 from hartist.files import write_json
-from hartist.generation.devices import choose_device, choose_dtype
+from hartist.generation.devices import choose_device, choose_dtype, now
 from hartist.generation.sampling import SamplingSettings
 from hartist.generation.shortcuts import FAST
 from hartist.precision import computes_bf16

@@ -1,6 +1,8 @@
-"""Where a model computes, and in which type: what was asked for, or the best there is"""
+"""Where a model computes, in which type, and by which clock: what was asked for, or the best there is"""
 
 from __future__ import annotations
+
+import time
 
 import torch
 
@@ -34,3 +36,12 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     if dtype not in DTYPES:
         raise UserError(f"dtype {quoted(dtype)} is not one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def now(device: torch.device) -> float:
+    """Wall-clock seconds after everything the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()

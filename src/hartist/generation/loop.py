@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hartist.generation.devices import now
 from hartist.generation.guidance import guidance_strength, guide
 from hartist.generation.noise import Noise
 from hartist.generation.sampling import SamplingSettings, sample_ids, smooth_vectors
@@ -92,7 +92,7 @@ def _generate(
     own = model.prepare(condition)
     prepared = join_prefix(own, shared) if shared is not None else own
     cache = model.new_cache(2 * batch if guided_scales else batch)
-    clock = _Clock(quantizer.codebook.device)
+    device = quantizer.codebook.device
     state: dict[str, Tensor | float] = {}
 
     def choose(k: int, f_hat_BChw: Tensor) -> Tensor:
@@ -127,15 +127,15 @@ def _generate(
             fraction = guidance_strength(1.0, k, len(schedule), hold_last=hold_last)
             gumbel_BlV = noise.gumbel(schedule.lengths[k], logits_BlV.shape[-1])
             if kept_Bm is not None:
-                gumbel_BlV = _gather_cells(gumbel_BlV, kept_Bm)
+                gumbel_BlV = torch.take_along_dim(gumbel_BlV, kept_Bm[..., None], 1)
             vectors_BlC = smooth_vectors(logits_BlV, fraction, gumbel_BlV, quantizer.codebook)
         state.update(ids=ids_Bl, logits=logits_BlV, residual_seconds=0.0)
         state["vectors"] = _fill_cells(vectors_BlC, kept_Bm, schedule.lengths[k])
         if schedule.is_last(k) and hold_last and settings.residual:
-            start = clock.now()
+            start = now(device)
             residual_BlC = residual_tokens(model, hidden, codes_BlC, plan.residual, settings, noise, kept_Bm)
             vectors_BlC = vectors_BlC + residual_BlC
-            state["residual_seconds"] = clock.now() - start
+            state["residual_seconds"] = now(device) - start
         if kept_Bm is not None:
             state["ids"] = _fill_cells(ids_Bl[..., None], kept_Bm, schedule.lengths[k], -1.0)[..., 0]
             state["logits"] = _fill_cells(logits_BlV, kept_Bm, schedule.lengths[k], -torch.inf)
@@ -143,7 +143,7 @@ def _generate(
 
     start = quantizer.empty_latent(batch, schedule)
     before = start
-    started = clock.now()
+    started = now(device)
     loop = residual_loop(choose, start, schedule, quantizer.phi_function, phi_at_last_scale=not hold_last)
     replacement: Tensor | None = None
     for _ in schedule.grids:
@@ -152,7 +152,7 @@ def _generate(
         discrete = step.f_hat_BChw
         if schedule.is_last(step.k) and hold_last:
             discrete = before + tokens_to_map(state["vectors"], schedule.finest)  # type: ignore[arg-type]
-        now = clock.now()
+        ended = now(device)
         rows = yield ScaleResult(
             k=step.k,
             num_scales=len(schedule),
@@ -161,7 +161,7 @@ def _generate(
             logits_BlV=state["logits"],  # type: ignore[arg-type]
             f_hat_BChw=step.f_hat_BChw,
             discrete_f_hat_BChw=discrete,
-            seconds=now - started,
+            seconds=ended - started,
             residual_seconds=float(state["residual_seconds"]),
         )
         before = step.f_hat_BChw
@@ -171,7 +171,7 @@ def _generate(
             cache.select(both)
             noise.select(rows)
             replacement = before
-        started = clock.now()
+        started = now(device)
 
 
 def residual_tokens(
@@ -195,7 +195,11 @@ def residual_tokens(
 
     def normal(_: int) -> Tensor:
         drawn = noise.normal(cells, C)
-        return drawn if kept_Bl is None else _gather_cells(drawn.view(-1, cells, C), kept_Bl).flatten(0, 1)
+        return (
+            drawn
+            if kept_Bl is None
+            else torch.take_along_dim(drawn.view(-1, cells, C), kept_Bl[..., None], 1).flatten(0, 1)
+        )
 
     off = t in (0.0, 1.0)  # 1 means "off", as released
     if off:  # unconditional rows would be thrown away
@@ -214,10 +218,6 @@ def residual_tokens(
     return tokens_RC[: batch * l].view(batch, l, C)
 
 
-def _gather_cells(x_BlC: Tensor, kept_Bm: Tensor) -> Tensor:
-    return x_BlC.gather(1, kept_Bm[..., None].expand(-1, -1, x_BlC.shape[-1]))
-
-
 def _fill_cells(x_BmC: Tensor, kept_Bm: Tensor | None, cells: int, value: float = 0.0) -> Tensor:
     """All cells of a scale: the kept ones, and `value` in the others."""
     if kept_Bm is None:
@@ -232,17 +232,3 @@ def _stack(condition: TextContext | Tensor, unconditional: TextContext | Tensor)
         return TextContext.cat([condition, unconditional])
     assert isinstance(unconditional, Tensor)
     return torch.cat([condition, unconditional])
-
-
-class _Clock:
-    """Wall-clock seconds after pending GPU work has finished."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter()

@@ -263,7 +263,7 @@ class ScaleTransformer(nn.Module):
 
 
 def _keep_cells(x_BlD: Tensor, rope: Rope | None, kept_Bm: Tensor) -> tuple[Tensor, Rope | None]:
-    x_BmD = x_BlD.gather(1, kept_Bm[..., None].expand(-1, -1, x_BlD.shape[-1]))
+    x_BmD = torch.take_along_dim(x_BlD, kept_Bm[..., None], 1)
     return x_BmD, rope.select(kept_Bm) if rope is not None else None
 
 

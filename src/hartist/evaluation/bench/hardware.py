@@ -1,4 +1,4 @@
-"""The machine that figures are taken on: what it is, its clock, and the memory a process has had on it."""
+"""The machine that figures are taken on: what it is, and the memory a process has had on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import gc
 import platform
 import resource
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +25,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }
-
-
-def now(device: torch.device) -> float:
-    """Wall-clock seconds after everything the device was given is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hartist.evaluation.bench.hardware import now
+from hartist.generation.devices import now
 
 PRODUCTS = ("mm", "addmm", "_scaled_mm", "_int_mm", "_addmm_activation")
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from hartist.config import TransformerConfig
-from hartist.evaluation.bench.hardware import now
 from hartist.evaluation.bench.macs import Work
 from hartist.evaluation.bench.timing import Timing
+from hartist.generation.devices import now
 
 SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
 OTHER_SQUARES = (2048, 4096)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hartist.evaluation.bench.hardware import Peak, now, peak, reset_peak
+from hartist.evaluation.bench.hardware import Peak, peak, reset_peak
 from hartist.evaluation.bench.macs import Macs, count_macs
 from hartist.evaluation.bench.models import randomise
 from hartist.evaluation.bench.timing import PROMPT, Seconds
+from hartist.generation.devices import now
 from hartist.text.encoder import TextEncoder
 from hartist.text.qwen2 import QWEN2_NUM_TOKENS, Qwen2Encoder, released_instruction
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hartist.errors import UserError
-from hartist.evaluation.bench.hardware import now
+from hartist.generation.devices import now
 from hartist.generation.loop import ScaleResult
 from hartist.generation.pipeline import Pipeline, Request
 from hartist.generation.sampling import SamplingSettings
