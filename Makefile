@@ -10,13 +10,13 @@ test: lint
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint:
-	@scripts/setup.sh test,train,evaluate,serve,filters,ray,report
+	@scripts/setup.sh test,train,evaluate,serve,filters,ray,report,peers
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 format:
-	@scripts/setup.sh test,train,evaluate,serve,filters,ray,report
+	@scripts/setup.sh test,train,evaluate,serve,filters,ray,report,peers
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 

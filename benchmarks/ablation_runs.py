@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import statistics
@@ -15,12 +16,10 @@ from typing import Any
 from hartist.config import ResidualConfig, TokenizerConfig, TransformerConfig
 from hartist.errors import UserError
 from hartist.files import read_json, write_json
+from hartist.generation.loading import find_model, load_tokenizer_of
 from hartist.training.config import OptimizerConfig, Phase, RunConfig
 from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe, emoji_generator, emoji_tokenizer
 from hartist.training.run import train_generator, train_tokenizer
-
-SIDES = (1, 2, 3, 4, 6, 9, 16)
-"""403 tokens, of which 256 on the last scale: enough for token subsampling to matter."""
 
 
 @dataclass(frozen=True)
@@ -34,39 +33,53 @@ class Sizes:
     generator_batch: int
     perceptual: float
     """Weight of the perceptual loss; 0 needs no weights for it."""
+    base: Path | None = None
+    """A finished tokenizer to begin with; None: one is trained from scratch."""
 
 
 def small_sizes() -> Sizes:
-    """A tokenizer of 2 M and a transformer of 5 M parameters, at 64 px of 4 pixels a cell."""
-    tokenizer = TokenizerConfig(
-        vocab_size=512,
-        latent_channels=16,
-        channels=96,
-        channel_multipliers=(1,),
-        blocks_per_level=2,
-        stem=4,
-        sides=SIDES,
-    )
+    """The bundled tokenizer, and a transformer of half the bundled one's size: 128 px, 403 tokens."""
+    base = find_model(None) / "tokenizer"
+    tokenizer = load_tokenizer_of(base).config
     transformer = replace(
         emoji_generator().transformer,
-        sides=SIDES,
-        vocab_size=512,
-        latent_channels=16,
+        sides=tokenizer.sides,
+        vocab_size=tokenizer.vocab_size,
+        latent_channels=tokenizer.latent_channels,
         context_tokens=24,
         width=256,
         depth=5,
         heads=4,
         residual=ResidualConfig(width=192, depth=3, steps=8),
     )
-    return Sizes(64, tokenizer, transformer, tokenizer_batch=32, generator_batch=16, perceptual=0.1)
+    image_size = tokenizer.downsampling * tokenizer.schedule.finest[0]
+    return Sizes(image_size, tokenizer, transformer, 16, 16, perceptual=0.1, base=base)
 
 
 @dataclass(frozen=True)
 class Budget:
     """Optimiser steps of every run, the same for all variants of an ablation."""
 
-    tokenizer: int
-    generator: int
+    tokenizer: int = 150
+    generator: int = 500
+
+
+def add_budget_flags(parser: argparse.ArgumentParser) -> None:
+    """How long runs are."""
+    default = Budget()
+    parser.add_argument(
+        "--tokenizer-steps", type=int, default=default.tokenizer, help=f"(default: {default.tokenizer})"
+    )
+    parser.add_argument(
+        "--generator-steps", type=int, default=default.generator, help=f"(default: {default.generator})"
+    )
+
+
+def budget_of(args: argparse.Namespace) -> Budget:
+    """Raises UserError for a budget of nothing."""
+    if min(args.tokenizer_steps, args.generator_steps) < 1:
+        raise UserError("a run needs at least one step; raise --tokenizer-steps or --generator-steps")
+    return Budget(args.tokenizer_steps, args.generator_steps)
 
 
 @dataclass(frozen=True)
@@ -112,14 +125,17 @@ class Workshop:
     def tokenizer(self, coin: float | None) -> Path:
         """The base tokenizer (None), or it with its decoder trained further, all else frozen (paper section 4).
 
-        The base is trained from scratch on the discrete path alone. `coin` is the share of hybrid steps of a
-        decoder's training: 0 is the discrete path alone, 1 the hybrid path alone.
+        A base that isn't given is trained from scratch on the discrete path alone. `coin` is the share of hybrid
+        steps of a decoder's training: 0 is the discrete path alone, 1 the hybrid path alone, on which the
+        tokenizer is a continuous autoencoder.
         """
+        if coin is None and self.sizes.base is not None:
+            return self.sizes.base
         steps, run = self.budget.tokenizer, self.out / self.tokenizer_name(coin)
         losses = replace(
             emoji_tokenizer().losses,
             perceptual=self.sizes.perceptual,
-            perceptual_crop=32,
+            perceptual_crop=self.sizes.image_size // 2,
             hybrid_probability=coin or 0.0,
             frozen_encoder=coin is not None,
             continuous_steps=steps // 5 if coin is None else 0,
@@ -130,7 +146,7 @@ class Workshop:
             seed=self.seed,
             optimizer=OptimizerConfig(
                 kind="muon",  # in few steps it gets further than AdamW
-                learning_rate=2e-3 if coin is None else 1e-3,
+                learning_rate=2e-3 if coin is None else 5e-4,
                 warmup_steps=min(50, steps // 10),
                 final_fraction=0.02,
                 ema_decay=0.98,
@@ -140,7 +156,7 @@ class Workshop:
         )
         recipe = TokenizerRecipe(self.sizes.image_size, self.sizes.tokenizer, losses, run_config)
         start = None if coin is None else self.tokenizer(None)
-        self._train(run, steps, lambda: train_tokenizer(self.data, run, recipe, start_from=start, progress=watched()))
+        self.train(run, steps, lambda: train_tokenizer(self.data, run, recipe, start_from=start, progress=watched()))
         return run / "tokenizer"
 
     def tokenizer_name(self, coin: float | None) -> str:
@@ -149,8 +165,11 @@ class Workshop:
 
     # ----------------------------------------------------------------- generators
 
-    def generator(self, dropped: float) -> Path:
-        """A generator whose training drops this share of the last scale's cells; returns the run's folder."""
+    def generator(self, dropped: float, *, hybrid: bool = True) -> Path:
+        """A generator whose training drops this share of the last scale's cells; returns the run's folder.
+
+        Without `hybrid` it has no residual tokens: VAR's model, of the same transformer.
+        """
         tokenizer = self.tokenizer(0.5)
         steps, template = self.budget.generator, emoji_generator()
         run_config = RunConfig(
@@ -162,26 +181,31 @@ class Workshop:
             picture_every=steps,
         )
         recipe = GeneratorRecipe(
-            name=self.generator_name(dropped),
+            name=self.generator_name(dropped, hybrid=hybrid),
             phases=(Phase(self.sizes.image_size, self.sizes.transformer.sides),),
-            transformer=self.sizes.transformer,
+            transformer=self.sizes.transformer if hybrid else replace(self.sizes.transformer, residual=None),
             losses=replace(template.losses, subsample_last_scale=dropped > 0, drop_share=dropped or None),
             run=run_config,
             sampling=template.sampling,
         )
         run = self.out / recipe.name
-        cache = self.out / f"tokens-{self.budget.tokenizer}-seed{self.seed}"
-        self._train(
+        self.train(
             run,
             steps,
-            lambda: train_generator(self.data, tokenizer, run, recipe, cache_dir=cache, progress=watched()),
+            lambda: train_generator(self.data, tokenizer, run, recipe, cache_dir=self.tokens, progress=watched()),
         )
         return run
 
-    def generator_name(self, dropped: float) -> str:
-        return f"generator-drop{dropped:.2f}-{self.budget.generator}-of-{self.budget.tokenizer}-seed{self.seed}"
+    @property
+    def tokens(self) -> Path:
+        """The token caches of all generators."""
+        return self.out / f"tokens-{self.budget.tokenizer}-seed{self.seed}"
 
-    def _train(self, run: Path, steps: int, train: Callable[[], int]) -> None:
+    def generator_name(self, dropped: float, *, hybrid: bool = True) -> str:
+        kind = "generator" if hybrid else "discrete-generator"
+        return f"{kind}-drop{dropped:.2f}-{self.budget.generator}-of-{self.budget.tokenizer}-seed{self.seed}"
+
+    def train(self, run: Path, steps: int, train: Callable[[], int]) -> None:
         """Finish a run unless it is finished. Raises UserError if it is interrupted."""
         state = run / "checkpoint" / "state.json"
         if state.exists() and read_json(state).get("step") == steps:

@@ -23,7 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablation_runs import Budget, Sizes, Workshop, last_figure, seconds_per_step, small_sizes, watched
+from ablation_runs import (
+    Sizes,
+    Workshop,
+    add_budget_flags,
+    budget_of,
+    last_figure,
+    seconds_per_step,
+    small_sizes,
+    watched,
+)
 from tables import describe, markdown
 
 from hartist.data.folder import CaptionedImage
@@ -54,9 +63,6 @@ COINS = (0.25, 0.5, 0.75)
 DROPPED = (0.0, 0.5, 0.8, 0.9)
 DIFFUSION_STEPS = (None, 1, 2, 4, 8, 16)
 """None: without residual tokens."""
-MINUTES = 3.0
-STEPS_PER_MINUTE = Budget(tokenizer=100, generator=60)
-"""About what two idle cores of a server do. Fixed, so that the same --minutes are the same run everywhere."""
 BATCH = 8
 
 
@@ -241,26 +247,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("name", choices=("decoders", "coin", "subsampling", "residual"))
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="from `hartist data emoji`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs and results; one dataset's")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=float, help=f"of a run on two idle cores, about (default: {MINUTES:g})")
-    budget.add_argument("--steps", type=int, help="of every run, instead")
+    add_budget_flags(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=500, help="held-out ones to measure with (default: 500)")
     parser.add_argument("--model", help="whose residual tokens (default: the bundled model's)")
     parser.add_argument("--align", type=Path, metavar="DIR", help="from `hartist evaluate align`, for residual")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args(arguments)
-
-
-def budget_of(args: argparse.Namespace) -> Budget:
-    """Raises UserError for a budget of nothing."""
-    minutes = MINUTES if args.minutes is None else args.minutes
-    found = Budget(round(minutes * STEPS_PER_MINUTE.tokenizer), round(minutes * STEPS_PER_MINUTE.generator))
-    if args.steps is not None:
-        found = Budget(args.steps, args.steps)
-    if min(found.tokenizer, found.generator) < 1:
-        raise UserError("a run needs at least one step; raise --steps or --minutes")
-    return found
 
 
 def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:

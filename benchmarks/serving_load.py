@@ -86,6 +86,11 @@ def load(folder: Path, clients: int, seconds: float) -> dict[str, dict[str, Any]
     """Run locust; its statistics by request name."""
     process, path = start_load(folder, clients, seconds)
     process.wait()
+    return read_statistics(folder, path)
+
+
+def read_statistics(folder: Path, path: Path) -> dict[str, dict[str, Any]]:
+    """What locust has written, by request name."""
     if not path.exists():
         raise SystemExit((folder / "locust.txt").read_text())
     with path.open(newline="") as file:
@@ -204,19 +209,27 @@ def identical(folder: Path, count: int) -> dict[str, Any]:
 
 
 def soak(server: Server, folder: Path, seconds: float) -> dict[str, Any]:
-    """16 clients for long; resident memory after a tenth of the time, and at the end."""
+    """16 clients for long; resident memory over each tenth of the time, sampled twice a second."""
     parts = 10
-    resident, errors, requests = [], 0, 0
+    medians, peaks, errors, requests = [], [], 0, 0
     for _ in range(parts):
-        row = row_of(load(folder, 16, seconds / parts))
+        process, path = start_load(folder, 16, seconds / parts)
+        samples = []
+        while process.poll() is None:
+            samples.append(server.resident())
+            time.sleep(0.5)
+        row = row_of(read_statistics(folder, path))
         errors, requests = errors + row["errors"], requests + row["requests"]
-        resident.append(server.resident())
+        medians.append(statistics.median(samples))
+        peaks.append(max(samples))
     return {
         "seconds": seconds,
         "requests": requests,
         "errors": errors,
-        "resident MiB": [round(value) for value in resident],
-        "growth after the first tenth": resident[-1] / resident[0] - 1,
+        "resident MiB, medians": [round(value) for value in medians],
+        "resident MiB, peaks": [round(value) for value in peaks],
+        "growth of the peak after the first tenth": peaks[-1] / peaks[0] - 1,
+        "spread of the peaks": max(peaks) / min(peaks) - 1,
     }
 
 

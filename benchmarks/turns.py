@@ -8,10 +8,8 @@ tells their peak memory apart, and only one of them takes memory at a time.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from hartist.evaluation.bench.hardware import peak_resident
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,6 @@ class Timing:
         return statistics.median(second for seconds in self.rounds for second in seconds)
 
 
-def peak_bytes() -> int:
-    """The highest resident memory this process has had.
-
-    Linux tells it in /proc. Its getrusage would count the parent's memory too: a child shares that until it starts
-    its own program.
-    """
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def answer(make_step: Callable[[], Callable[[], object]]) -> None:
     """A variant's side: for every line on stdin take a step, and answer with its seconds and the peak memory.
 
@@ -60,7 +46,7 @@ def answer(make_step: Callable[[], Callable[[], object]]) -> None:
         for _ in sys.stdin:
             start = time.perf_counter()
             step()
-            report = {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
+            report = {"seconds": time.perf_counter() - start, "peak_bytes": peak_resident()}
             out.write(json.dumps(report) + "\n")
             out.flush()
 

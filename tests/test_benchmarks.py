@@ -12,19 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from hartist.config import ResidualConfig, TokenizerConfig
 from hartist.evaluation.alignment import AlignmentConfig, AlignmentHeads, save_alignment
-from hartist.evaluation.features import FeatureNetwork
 from hartist.text.loading import load_text_encoder
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.batches import micro_batches
 from hartist.training.generator_stage import GeneratorStage
-from hartist.training.recipes import emoji_generator
-from small import pictures, transformer_config
-from tiny import TEXT_TOKENS, WORDS, write_tiny_bert
+from small import transformer_config
+from small_ablations import STEPS, fake_network, tiny_sizes, write_dataset
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -287,55 +283,10 @@ def test_a_folder_that_is_no_checkout_is_named(tmp_path: Path, capsys: pytest.Ca
 
 # ----------------------------------------------------------------- ablations
 
-SIDE, STEPS = 32, 2
-
-
-def fake_network(name: str) -> FeatureNetwork:
-    """Mean colours of the picture's quarters."""
-
-    def compute(pixels_BHW3: Tensor) -> Tensor:
-        parts = torch.nn.functional.adaptive_avg_pool2d(pixels_BHW3.movedim(-1, 1).float() / 255, 2)
-        return parts.flatten(1)
-
-    return FeatureNetwork(name, f"fake-{name}", compute)
-
-
-def tiny_sizes() -> ablation_runs.Sizes:
-    sides = (1, 2, 8)
-    tokenizer = TokenizerConfig(
-        vocab_size=32,
-        latent_channels=4,
-        channels=32,
-        channel_multipliers=(1,),
-        blocks_per_level=1,
-        stem=4,
-        sides=sides,
-    )
-    transformer = replace(
-        emoji_generator().transformer,
-        sides=sides,
-        context_tokens=TEXT_TOKENS,
-        width=32,
-        depth=2,
-        heads=2,
-        residual=ResidualConfig(width=32, depth=1, steps=2),
-    )
-    return ablation_runs.Sizes(SIDE, tokenizer, transformer, tokenizer_batch=4, generator_batch=4, perceptual=0.0)
-
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten training and six validation pictures; and a text encoder beside them."""
-    root = tmp_path_factory.mktemp("ablations")
-    for seed, (split, count) in enumerate([("train", 10), ("validation", 6)]):
-        (root / "data" / split).mkdir(parents=True)
-        lines = []
-        for i, pixels in enumerate(pictures(count, seed, SIDE)):
-            Image.fromarray(pixels.numpy()).save(root / "data" / split / f"{i}.png")
-            lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {WORDS[i % 5]}, flat"}))
-        (root / "data" / split / "metadata.jsonl").write_text("\n".join(lines))
-    write_tiny_bert(root / "text_encoder")
-    return root
+    return write_dataset(tmp_path_factory.mktemp("ablations"))
 
 
 def run_ablation(dataset: Path, monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> int:
@@ -343,7 +294,8 @@ def run_ablation(dataset: Path, monkeypatch: pytest.MonkeyPatch, name: str, *fla
     monkeypatch.setattr(ablations, "load_feature_network", fake_network)
     monkeypatch.setattr(ablations, "find_model", lambda _: dataset)
     monkeypatch.setattr("hartist.training.run.find_model", lambda _: dataset)
-    arguments = [name, "--data", str(dataset / "data"), "--out", str(dataset / "out"), "--steps", str(STEPS), *flags]
+    arguments = [name, "--data", str(dataset / "data"), "--out", str(dataset / "out")]
+    arguments += ["--tokenizer-steps", str(STEPS), "--generator-steps", str(STEPS), *flags]
     return ablations.main([*arguments, "--threads", "1"], tiny_sizes())
 
 
@@ -430,14 +382,22 @@ def test_a_folder_belongs_to_one_dataset(
     assert "another dataset" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--steps", "0"], ["--minutes", "0"]])
-def test_a_budget_of_nothing_is_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ablations.main(["coin", "--data", str(tmp_path), "--out", str(tmp_path), *flags]) == 2
+@pytest.mark.parametrize("flag", ["--tokenizer-steps", "--generator-steps"])
+def test_a_budget_of_nothing_is_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ablations.main(["coin", "--data", str(tmp_path), "--out", str(tmp_path), flag, "0"]) == 2
     assert "at least one step" in capsys.readouterr().err
 
 
-def test_minutes_are_a_fixed_number_of_steps() -> None:
-    found = ablations.budget_of(ablations.parse(["coin", "--data", "d", "--out", "o", "--minutes", "2"]))
-    assert found == ablation_runs.Budget(
-        2 * ablations.STEPS_PER_MINUTE.tokenizer, 2 * ablations.STEPS_PER_MINUTE.generator
-    )
+def test_a_finished_tokenizer_is_not_trained_again(dataset: Path, tmp_path: Path) -> None:
+    sizes = replace(tiny_sizes(), base=dataset / "finished")
+    shop = ablation_runs.Workshop(dataset / "data", tmp_path, sizes, ablation_runs.Budget(STEPS, STEPS))
+    assert shop.tokenizer(None) == dataset / "finished"
+    assert not list(tmp_path.iterdir())
+
+
+def test_small_sizes_go_on_with_the_bundled_tokenizer() -> None:
+    sizes = ablation_runs.small_sizes()
+    assert sizes.base is not None
+    assert (sizes.base / "config.json").is_file()
+    assert sizes.transformer.vocab_size == sizes.tokenizer.vocab_size
+    assert sizes.image_size == 128

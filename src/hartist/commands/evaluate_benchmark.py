@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from hartist.commands.evaluate_tables import format_result
 from hartist.commands.output import require_writable
+from hartist.commands.sampling import chosen_settings
 from hartist.errors import UserError
 from hartist.evaluation.benchmarks.names import open_benchmark
 from hartist.evaluation.harness.generate import Means, Shard
@@ -21,8 +21,6 @@ from hartist.evaluation.harness.run import Recipe, run_benchmark
 from hartist.generation.devices import choose_device
 from hartist.generation.loading import find_model
 from hartist.generation.model_options import ModelOptions, absolute
-from hartist.generation.pipeline import override
-from hartist.generation.sampling import SamplingSettings
 
 SMALL = 1 << 30
 """Bytes of a model's files up to which each core gets a process of its own."""
@@ -34,9 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.metrics is not None and args.metrics.strip() in ("?", "help"):
         print("\n".join(f"{name:<10} {metric.meaning}" for name, metric in METRICS.items()))
         return 0
-    names = [setting.name for setting in dataclasses.fields(SamplingSettings)]
-    changes = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    override(SamplingSettings(), **changes)
+    changes = chosen_settings(args)
     for flag, value, most in (
         ("--batch-size", args.batch_size, 4096),
         ("--processes", args.processes, 4096),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hartist.commands.flags import add_command, add_device, add_foreign_parts, add_precision
+from hartist.commands.flags_sampling import add_sampling, add_speed
 
 BENCHMARKS = """\
 benchmarks, and what --data is:
@@ -88,29 +89,11 @@ def add_benchmark(parts: Any) -> None:
     group.add_argument("--crop", action="store_true", help="real pictures of mixed sizes: compare with their middles")
     group.add_argument("--cache", type=Path, metavar="DIR", help="features of real pictures (default: cache in --out)")
 
-    _add_sampling(parser)
+    add_sampling(parser)
+    add_precision(add_speed(parser))
     _add_work(parser)
     add_foreign_parts(parser.add_argument_group("released weights"))
     add_device(parser)
-    add_precision(parser)
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling", "Without a flag, the model's own setting: see `hartist info MODEL`.")
-    group.add_argument("--guidance", type=float, metavar="G", help="how closely to follow the prompt; 0 is off")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest codes; 0 keeps all")
-    group.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest of share P; 0 keeps all")
-    group.add_argument("--temperature", type=float, metavar="T", help="below 1 safer, above 1 wilder; 0 is greedy")
-    group.add_argument("--no-residual", dest="residual", action="store_const", const=False, help="discrete tokens only")
-    group.add_argument("--diffusion-steps", type=int, metavar="N", help="denoising steps of the residual tokens")
-    group.add_argument("--residual-guidance", type=float, metavar="X", help="guidance of the residual tokens alone")
-    group.add_argument("--residual-temperature", type=float, metavar="X", help="noise between denoising steps")
-    group.add_argument(
-        "--smoothing",
-        action="store_const",
-        const=True,
-        help="the authors' demo setting; off here, as it changes every figure",
-    )
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hartist.commands.flags import (
     add_precision,
     add_threads,
 )
+from hartist.commands.flags_sampling import add_sampling, add_speed
 
 
 def add_generate(commands: Any) -> None:
@@ -66,65 +66,18 @@ def add_generate(commands: Any) -> None:
     add_model(group)
     add_foreign_parts(group)
 
-    group = parser.add_argument_group("sampling", "Without a flag, the model's own setting: see `hartist info MODEL`.")
+    group = add_sampling(parser)
     group.add_argument("--negative-prompt", metavar="PROMPT", help="what to move away from (text models)")
-    group.add_argument("--guidance", type=float, metavar="G", help="how closely to follow the prompt; 0 is off")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest codes; 0 keeps all")
-    group.add_argument(
-        "--top-p", type=float, metavar="P", help="draw among the likeliest codes of share P; 0 keeps all"
-    )
-    group.add_argument("--temperature", type=float, metavar="T", help="below 1 safer, above 1 wilder; 0 is greedy")
-    group.add_argument(
-        "--smoothing",
-        action=argparse.BooleanOptionalAction,
-        help="mix code vectors softly instead of choosing one",
-    )
-    group.add_argument("--no-residual", dest="residual", action="store_const", const=False, help="discrete tokens only")
-    group.add_argument("--diffusion-steps", type=int, metavar="N", help="denoising steps of the residual tokens")
-    group.add_argument(
-        "--residual-guidance", type=float, metavar="X", help="guidance of the residual tokens alone, 0 for none"
-    )
-    group.add_argument(
-        "--residual-temperature",
-        type=float,
-        metavar="X",
-        help="noise between denoising steps, 1 as trained, 0 for none",
-    )
-    group.add_argument(
-        "--guidance-by-scale",
-        type=_numbers,
-        metavar="X,X,…",
-        help="shares of --guidance, one a scale, coarse to fine (default: growing linearly from 0 to 1)",
-    )
     group.add_argument("--size", metavar="N|HxW", help="pixels of the images; only the model's own size is possible")
     group.add_argument(
         "--batch-size", type=int, default=4, metavar="N", help="images made at once (default: %(default)s)"
     )
-    group = parser.add_argument_group(
-        "speed",
-        "`--preset fast` takes all shortcuts below in a recommended blend; single ones can be set beside it.\n"
-        "docs/benchmarks.md tells what each saves and costs.",
-    )
-    group.add_argument("--preset", choices=("exact", "fast"), default="exact", help="(default: %(default)s)")
-    group.add_argument("--unguided-scales", type=int, metavar="N", help="no guidance on the last N scales")
-    group.add_argument(
-        "--attended-scales", type=int, metavar="N", help="attend to context, coarse scales and the N scales before"
-    )
-    group.add_argument(
-        "--last-scale-share", type=float, metavar="P", help="compute this share of the last scale's cells"
-    )
+    group = add_speed(parser)
     add_precision(group)
     group.add_argument(
         "--unload-text", action="store_true", help="free the text encoder's memory as soon as all prompts are encoded"
     )
     add_device(parser)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,0.5,1") from None
 
 
 def add_reconstruct(commands: Any) -> None:

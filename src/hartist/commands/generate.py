@@ -15,39 +15,20 @@ from tqdm import tqdm
 
 from hartist.commands import offline
 from hartist.commands.output import ContactSheet, require_writable, slug, use_threads
+from hartist.commands.sampling import chosen_settings
 from hartist.errors import UserError, quoted
 from hartist.files import write_bytes
 from hartist.generation.loop import ScaleResult
 from hartist.generation.pipeline import Generated, Pipeline, Request, make_requests, override
 from hartist.generation.png import encode_png, metadata
-from hartist.generation.sampling import SamplingSettings
-from hartist.generation.shortcuts import FAST
 from hartist.pixels import grid_image
 
 MAX_IMAGES = 10_000
-SETTINGS = (
-    "guidance",
-    "top_k",
-    "top_p",
-    "temperature",
-    "smoothing",
-    "residual",
-    "diffusion_steps",
-    "residual_guidance",
-    "residual_temperature",
-    "guidance_by_scale",
-    "unguided_scales",
-    "attended_scales",
-    "last_scale_share",
-)
 
 
 def run(args: argparse.Namespace) -> int:
     use_threads(args.threads)
-    changes = FAST if args.preset == "fast" else {}
-    changes = {**changes, **{name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}}
-    # Everything that can be told without the model is told before it is loaded.
-    override(SamplingSettings(), **changes)
+    changes = chosen_settings(args)
     if args.jobs is not None:
         return offline.run(args, changes)
     if args.processes != 1 or args.ray_address is not None:

@@ -90,7 +90,7 @@ def resampled_frechet(
     projected_NR = x_ND @ target.factor_RD.T
     halves, reference_halves = _halves(len(x_ND), seed), _halves(len(y_MD), seed + 1)
     values = []
-    for _ in tqdm(range(resamples), desc="resampling", leave=False, disable=not progress):
+    for _ in tqdm(range(resamples), desc="resampling", leave=False, disable=None if progress else True):
         half = next(halves)
         if resample_reference:
             target = fit_gaussian(y_MD[next(reference_halves)])
@@ -121,7 +121,7 @@ def resampled_kernel(
     x_ND, y_MD = generated_ND.double(), reference_MD.double()
     w_RN = torch.cat(list(_draws(n, resamples, seed)))
     v_RM = torch.cat(list(_draws(m, resamples, seed + 1))) if resample_reference else torch.ones(1, m).double()
-    with tqdm(total=2 * n + m, desc="resampling", leave=False, disable=not progress) as bar:
+    with tqdm(total=2 * n + m, desc="resampling", leave=False, disable=None if progress else True) as bar:
         within_R = _weighted_pairs(x_ND, w_RN, x_ND, w_RN, bar) - (w_RN.square() @ _diagonal(x_ND))
         within_R = within_R / (n * n - w_RN.square().sum(1))
         reference_R = _weighted_pairs(y_MD, v_RM, y_MD, v_RM, bar) - (v_RM.square() @ _diagonal(y_MD))

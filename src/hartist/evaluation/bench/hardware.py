@@ -65,10 +65,11 @@ def peak(device: torch.device) -> Peak:
         on_device = torch.cuda.max_memory_allocated(device)
     elif device.type == "mps":
         on_device = torch.mps.driver_allocated_memory()
-    return Peak(_peak_resident(), on_device)
+    return Peak(peak_resident(), on_device)
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
+    """The highest resident memory of this process, bytes."""
     # Linux's getrusage would count a parent's memory too, and can't be reset.
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
         for line in file:

@@ -84,7 +84,7 @@ def measure(runs: Sequence[Run], how: Resampling) -> Found:
     """The figures of each run with their intervals, by key."""
     work = [(i, figure) for i, run in enumerate(runs) for figure in run.result.figures]
     found: list[dict[Key, Measured]] = [{} for _ in runs]
-    for i, figure in tqdm(work, desc="resampling", unit="figure", leave=False, disable=not how.progress):
+    for i, figure in tqdm(work, desc="resampling", unit="figure", leave=False, disable=None if how.progress else True):
         found[i][figure.key] = Measured(figure, runs[i].rows.interval(figure, how))
     return found
 

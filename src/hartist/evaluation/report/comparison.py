@@ -109,7 +109,7 @@ def compare(a_path: Path, b_path: Path, how: Resampling) -> Comparison:
     for rows, figures in ((a, [x for x, _ in shared]), (b, [y for _, y in shared])):
         rows.require(figures)
     differences = []
-    with tqdm(shared, desc="comparing", unit="figure", leave=False, disable=not how.progress) as bar:
+    with tqdm(shared, desc="comparing", unit="figure", leave=False, disable=None if how.progress else True) as bar:
         for x, y in bar:
             bar.set_postfix_str(title(x)[:30])
             differences.append(Difference(x, y, _interval(a, x, b, y, how)))
