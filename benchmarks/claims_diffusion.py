@@ -152,18 +152,14 @@ def hart_ways(shop: Workshop, pipe: Pipeline, base: SamplingSettings) -> list[Wa
 def dit_ways(shop: Workshop, other: Rival, guidance: float) -> list[Way]:
     config = other.tokenizer.config
     decoder = generation_work(config, shop.sizes.transformer).decode.total
-    return [
-        Way(
-            "diffusion transformer",
-            f"{steps} steps",
-            other.maker(steps, guidance),
-            other.dit.sampling_macs(
-                config.latent_channels, config.schedule.finest[0], other.text, steps, guidance
-            ).total
-            + decoder,
-        )
-        for steps in DIT_STEPS
-    ]
+
+    def macs(steps: int) -> float:
+        side = config.schedule.finest[0]
+        latent = other.dit.sampling_macs(config.latent_channels, side, other.text, steps, guidance)
+        return latent.total + decoder
+
+    family = "diffusion transformer"
+    return [Way(family, f"{steps} steps", other.maker(steps, guidance), macs(steps)) for steps in DIT_STEPS]
 
 
 def seconds_of(ways: Sequence[Way], requests: Sequence[Request], rounds: int) -> list[float]:

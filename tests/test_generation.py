@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hartist.config import ResidualConfig
+from hartist.generation import loop
 from hartist.generation.guidance import guidance_strength, guide
 from hartist.generation.loop import ScaleResult, generate_scales, residual_tokens
 from hartist.generation.noise import ImageNoise
@@ -65,6 +66,19 @@ def select(condition: TextContext | Tensor, i: int) -> TextContext | Tensor:
 
 
 # --------------------------------------------------------------------- what is yielded
+
+
+@pytest.mark.parametrize("changes", [{"guidance": 0.0}, {}, FAST], ids=["alone", "guided", "fast"])
+@pytest.mark.parametrize("name", ["text", "class with residual tokens"])
+def test_logits_that_are_computed_part_by_part_are_the_same(
+    name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, settings = random_transformer(**MODELS[name]), replace(SETTINGS, **changes)
+    expected = generate(model, settings)
+    monkeypatch.setattr(loop, "CHUNK", 3)
+    for own, other in zip(generate(model, settings), expected, strict=True):
+        torch.testing.assert_close(own.logits_BlV, other.logits_BlV, rtol=0, atol=1e-5)
+        assert torch.equal(own.ids_Bl, other.ids_Bl)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -145,14 +159,14 @@ def test_a_prefix_that_was_run_once_serves_all_images(name: str) -> None:
 def test_the_loop_can_be_left_early_and_works_scale_by_scale() -> None:
     model = random_transformer()
     condition, unconditional = conditions(model, 1)
-    loop = generate_scales(model, random_quantizer(), condition, unconditional, SETTINGS, ImageNoise([0]))
+    scales = generate_scales(model, random_quantizer(), condition, unconditional, SETTINGS, ImageNoise([0]))
     for k in range(2):
-        result = next(loop)
+        result = next(scales)
         assert result.k == k
         # the mode is the loop's own, not the caller's
         assert result.f_hat_BChw.is_inference()
         assert not torch.is_inference_mode_enabled()
-    loop.close()
+    scales.close()
     assert not torch.is_inference_mode_enabled()
 
 

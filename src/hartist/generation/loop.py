@@ -12,14 +12,14 @@ from torch import Tensor
 from hartist.generation.devices import now
 from hartist.generation.guidance import guidance_strength, guide
 from hartist.generation.noise import Noise
-from hartist.generation.sampling import SamplingSettings, sample_ids, smooth_vectors
+from hartist.generation.sampling import CHUNK, SamplingSettings, sample_ids, smooth_vectors
 from hartist.generation.shortcuts import attended_spans, cells_to_compute, plan_guidance
 from hartist.residual.denoise import denoise
 from hartist.residual.schedule import respaced_schedule
 from hartist.text.encoder import TextContext
 from hartist.tokenizer.quantizer import Quantizer
 from hartist.tokenizer.residual_loop import area_downsample, map_to_tokens, residual_loop, tokens_to_map
-from hartist.transformer.model import ScaleTransformer
+from hartist.transformer.model import Condition, ScaleTransformer
 from hartist.transformer.prefix import Prefix, forward_prefix, join_prefix
 
 
@@ -115,8 +115,7 @@ def _generate(
                 spans=attended_spans(schedule, model.config.prefix_tokens, k, settings.attended_scales),
                 kept_Bm=torch.cat([kept_Bm, kept_Bm]) if guided and kept_Bm is not None else kept_Bm,
             )
-        logits = model.logits(hidden, prepared)
-        logits_BlV = guide(logits[:batch], logits[batch:], plan.strengths[k]) if guided else logits
+        logits_BlV = guided_logits(model, hidden, prepared, plan.strengths[k] if guided else None)
         uniform_Bl = noise.uniform(schedule.lengths[k])
         if kept_Bm is not None:
             uniform_Bl = uniform_Bl.gather(1, kept_Bm)
@@ -172,6 +171,28 @@ def _generate(
             noise.select(rows)
             replacement = before
         started = now(device)
+
+
+def guided_logits(
+    model: ScaleTransformer, hidden: Float[Tensor, "r l d"], condition: Condition, t: float | None
+) -> Float[Tensor, "b l v"]:
+    """Logits with guidance t of conditional and, behind them, unconditional rows (None: of all rows, without).
+
+    Some cells at a time: both branches of the last scale at 1024 px and what guidance makes of them would be 320 MiB.
+    """
+    batch = len(hidden) if t is None else len(hidden) // 2
+
+    def logits_of(part: Tensor) -> Tensor:
+        logits = model.logits(part, condition)
+        return logits if t is None else guide(logits[:batch], logits[batch:], t)
+
+    cells = hidden.shape[1]
+    if cells <= CHUNK:
+        return logits_of(hidden)
+    found_BlV = torch.empty(batch, cells, model.config.vocab_size, device=hidden.device)
+    for part, out in zip(hidden.split(CHUNK, 1), found_BlV.split(CHUNK, 1), strict=True):
+        out.copy_(logits_of(part))
+    return found_BlV
 
 
 def residual_tokens(

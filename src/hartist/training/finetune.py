@@ -21,12 +21,12 @@ def finetune_recipe(model: LoadedModel) -> GeneratorRecipe:
         transformer=config,
         losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5),
         run=RunConfig(
-            steps=400,
+            steps=150,
             batch_size=16,
             optimizer=OptimizerConfig(
                 learning_rate=3e-4, schedule="wsd", warmup_steps=20, weight_decay=0.0, ema_decay=0.98
             ),
-            picture_every=200,
+            picture_every=50,
         ),
         sampling=model.settings,
     )
