@@ -46,7 +46,14 @@ def _add_tokenizer(stages: Any) -> None:
   hartist train tokenizer --data datasets/emoji --out runs/gan --set losses.adversarial=0.5""",
     )
     parser.add_argument(
-        "--start-from", type=Path, metavar="TOKENIZER", help="begin with these weights (ours, HART's or VAR's)"
+        "--start-from",
+        metavar="TOKENIZER",
+        help="begin with these weights (ours, HART's, VAR's .pth, or emoji)",
+    )
+    parser.add_argument(
+        "--double-stem",
+        action="store_true",
+        help="--start-from's tokens for pictures of twice its size: 2×2 pixels where there was one",
     )
     images = parser.add_argument_group("images")
     images.add_argument("--flip", action="store_true", help="mirror every other image")

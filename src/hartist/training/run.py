@@ -22,6 +22,7 @@ from hartist.generation.loading import find_model, load_tokenizer_of
 from hartist.scales import ScaleSchedule
 from hartist.text.loading import load_text_encoder
 from hartist.tokenizer.hybrid import HybridTokenizer
+from hartist.tokenizer.stem import double_stem
 from hartist.training.batches import micro_batches, step_seed
 from hartist.training.config import RunConfig
 from hartist.training.discriminator import read_released_discriminator
@@ -59,6 +60,7 @@ def train_tokenizer(
     *,
     options: DataOptions | None = None,
     start_from: Path | None = None,
+    double: bool = False,
     trunk: Path | None = None,
     discriminator: Path | None = None,
     world: World | None = None,
@@ -67,13 +69,16 @@ def train_tokenizer(
     """Train a tokenizer; returns the number of finished steps. The result is in out/tokenizer.
 
     `start_from`: a tokenizer of any layout we read, to begin with instead of random weights (the recipe's
-    sizes then give way to its own). `trunk`: weights of the perceptual network, where no package has them.
-    `discriminator`: a released tokenizer whose PatchGAN the adversarial loss begins with.
+    sizes then give way to its own), with `double` for pictures of twice its size (`double_stem`). `trunk`:
+    weights of the perceptual network, where no package has them. `discriminator`: a released tokenizer whose
+    PatchGAN the adversarial loss begins with.
     """
     world, options = world or World(), options or DataOptions()
     check_shares(recipe.run, world)
     if recipe.losses.frozen_encoder and start_from is None:
         raise UserError("this recipe trains the decoder of a discrete tokenizer: name one with --start-from")
+    if double and start_from is None:
+        raise UserError("--double-stem doubles the stem of a finished tokenizer: name one with --start-from")
     adversary = read_released_discriminator(discriminator) if discriminator is not None else None
     if adversary is not None and not (recipe.losses.adversarial and recipe.losses.adversary.kind == "patchgan"):
         raise UserError(
@@ -85,6 +90,7 @@ def train_tokenizer(
     source, validation = _image_source(data, recipe, options, world, progress and world.main)
     if start_from is not None:
         tokenizer = load_tokenizer_of(start_from)
+        tokenizer = double_stem(tokenizer) if double else tokenizer
     else:
         torch.manual_seed(recipe.run.seed)
         tokenizer = HybridTokenizer(recipe.tokenizer)
