@@ -61,7 +61,7 @@ class Budget:
     """Optimiser steps of every run, the same for all variants of an ablation."""
 
     tokenizer: int = 150
-    generator: int = 500
+    generator: int = 250
 
 
 def add_budget_flags(parser: argparse.ArgumentParser) -> None:

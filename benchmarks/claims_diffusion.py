@@ -34,11 +34,11 @@ from hartist.training.recipes import emoji_generator
 
 PROBE_STEPS = 20
 """Steps of both kinds whose seconds say how many steps of one take as long as those of the other."""
-DIT_GUIDANCE = (1.0, 2.0, 3.5, 6.0)
-DIT_STEPS = (1, 2, 4, 8, 16, 32)
+DIT_GUIDANCE = (1.0, 2.0, 4.0)
+DIT_STEPS = (1, 2, 4, 8, 16)
 TRIED_STEPS = 8
 """With which the guidance is chosen."""
-HART_GUIDANCE = (0.0, 1.0, 2.0, 4.0)
+HART_GUIDANCE = (0.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Rival:
 
 
 def dit_size(sizes: Sizes) -> DitSize:
-    """As wide as the generator; as deep as comes nearest to its parameters: a block has 16·D² and a table of 6·D."""
+    """As wide and as deep as the generator, which has a residual MLP besides: 5.97 against 5.55 M parameters."""
     return DitSize(sizes.transformer.heads, sizes.transformer.depth, sizes.transformer.width // sizes.transformer.heads)
 
 
