@@ -95,6 +95,7 @@ def test_the_adaptive_weight_balances_gradients() -> None:
     weight = adaptive_weight((6 * layer).sum(), (2 * layer).sum(), layer)
     assert float(weight) == pytest.approx(3, rel=1e-3)
     assert not weight.requires_grad
+    assert float(adaptive_weight((6 * layer).sum(), (0 * layer).sum(), layer)) == 1e4  # and not 6 / 1e-4 and more
 
 
 def test_the_share_starts_late_and_rises_linearly() -> None:
