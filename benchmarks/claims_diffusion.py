@@ -32,6 +32,7 @@ from hartist.training.parallel import World
 from hartist.training.prepare import prepare_data
 from hartist.training.recipes import emoji_generator
 
+HART, DIFFUSION = "HART", "diffusion transformer"
 PROBE_STEPS = 20
 """Steps of both kinds whose seconds say how many steps of one take as long as those of the other."""
 DIT_GUIDANCE = (1.0, 2.0, 4.0)
@@ -140,7 +141,7 @@ def hart_ways(shop: Workshop, pipe: Pipeline, base: SamplingSettings) -> list[Wa
     tokenizer, transformer = pipe.tokenizer.config, pipe.transformer.config
     return [
         Way(
-            "HART",
+            HART,
             label,
             hart_maker(pipe, chosen),
             generation_work(tokenizer, transformer, settings=chosen).total.total,
@@ -158,8 +159,10 @@ def dit_ways(shop: Workshop, other: Rival, guidance: float) -> list[Way]:
         latent = other.dit.sampling_macs(config.latent_channels, side, other.text, steps, guidance)
         return latent.total + decoder
 
-    family = "diffusion transformer"
-    return [Way(family, f"{steps} steps", other.maker(steps, guidance), macs(steps)) for steps in DIT_STEPS]
+    return [
+        Way(DIFFUSION, f"{steps} step{'s' if steps > 1 else ''}", other.maker(steps, guidance), macs(steps))
+        for steps in DIT_STEPS
+    ]
 
 
 def seconds_of(ways: Sequence[Way], requests: Sequence[Request], rounds: int) -> list[float]:
@@ -180,28 +183,27 @@ def diffusion(shop: Workshop, judge: Judge, rounds: int, plot: Path | None) -> l
     other, words = rival(shop)
     sizes = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (pipe.transformer, other.dit)]
     say(f"equal training: {words}; {sizes[0]:.2f} M and {sizes[1]:.2f} M parameters")
-    count = f"{len(judge.prompts)} prompts"
+    kinds = {HART: shop.generator_name(DROPPED), DIFFUSION: f"dit, {words}"}
 
-    tried = {}
-    for guidance in HART_GUIDANCE:
-        name = f"{shop.generator_name(DROPPED)}, guidance {guidance:g}, {count}"
-        tried[guidance] = judge.measure(name, hart_maker(pipe, replace(pipe.model.settings, guidance=guidance)))
-    hart_guidance = min(tried, key=lambda guidance: tried[guidance]["frechet"])
-    base = replace(pipe.model.settings, guidance=hart_guidance)
-    tried = {}
-    for guidance in DIT_GUIDANCE:
-        name = f"dit, {words}, guidance {guidance:g}, {TRIED_STEPS} steps, {count}"
-        tried[guidance] = judge.measure(name, other.maker(TRIED_STEPS, guidance))
-    dit_guidance = min(tried, key=lambda guidance: tried[guidance]["frechet"])
+    def name_of(family: str, label: str, guidance: float) -> str:
+        return f"{kinds[family]}, {label or 'exact'}, guidance {guidance:g}, {len(judge.prompts)} prompts"
+
+    def best_guidance(family: str, label: str, makers: dict[float, Maker]) -> float:
+        found = {g: judge.measure(name_of(family, label, g), make)["frechet"] for g, make in makers.items()}
+        return min(found, key=found.__getitem__)
+
+    settings = {g: replace(pipe.model.settings, guidance=g) for g in HART_GUIDANCE}
+    hart_guidance = best_guidance(HART, "", {g: hart_maker(pipe, own) for g, own in settings.items()})
+    makers = {g: other.maker(TRIED_STEPS, g) for g in DIT_GUIDANCE}
+    dit_guidance = best_guidance(DIFFUSION, f"{TRIED_STEPS} steps", makers)
+    base = settings[hart_guidance]
     say(f"guidance with the smallest distance: HART {hart_guidance:g}, diffusion transformer {dit_guidance:g}")
 
     ways = [*hart_ways(shop, pipe, base), *dit_ways(shop, other, dit_guidance)]
     seconds = seconds_of(ways, judge.requests(), rounds)
     rows, points = [], []
     for way, taken in zip(ways, seconds, strict=True):
-        guidance = hart_guidance if way.family == "HART" else dit_guidance
-        kind = shop.generator_name(DROPPED) if way.family == "HART" else f"dit, {words}"
-        name = f"{kind}, {way.label or 'exact'}, guidance {guidance:g}, {count}"
+        name = name_of(way.family, way.label, hart_guidance if way.family == HART else dit_guidance)
         figures = judge.measure(name, way.make)
         interval = percentile_interval(judge.resampled(name))
         label = f"{way.family}{', ' if way.label else ''}{way.label}"
@@ -218,15 +220,16 @@ def diffusion(shop: Workshop, judge: Judge, rounds: int, plot: Path | None) -> l
 def draw_curves(points: Sequence[tuple[Way, float, float, Any]], target: Path) -> None:
     """Quality against seconds and against operations."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for family, colour in (("HART", "#4477aa"), ("diffusion transformer", "#cc6677")):
+    for family, colour in ((HART, "#4477aa"), (DIFFUSION, "#cc6677")):
         own = [point for point in points if point[0].family == family]
         for axis, values in ((axes[0], [p[1] for p in own]), (axes[1], [p[0].macs / 1e9 for p in own])):
             heights = [p[2] for p in own]
             errors = [[max(0, p[2] - p[3].low) for p in own], [max(0, p[3].high - p[2]) for p in own]]
-            style = "o" if family == "HART" else "o-"
+            style = "o" if family == HART else "o-"
             axis.errorbar(values, heights, yerr=errors, fmt=style, color=colour, label=family, capsize=2)
             for point, x, y in zip(own, values, heights, strict=True):
                 text = point[0].label or "exact"
@@ -236,6 +239,9 @@ def draw_curves(points: Sequence[tuple[Way, float, float, Any]], target: Path) -
     axes[0].set_ylabel(f"Fréchet distance ({LITE0})")
     for axis in axes:
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
     axes[0].legend(fontsize="small")
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format=target.suffix[1:], dpi=130)
