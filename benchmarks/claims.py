@@ -35,7 +35,8 @@ from hartist.generation.pipeline import Pipeline
 
 
 def residual(shop: Workshop, judge: Judge) -> list[dict[str, str]]:
-    hart = Pipeline.from_pretrained(shop.generator(DROPPED) / "model")
+    hart_run = shop.generator(DROPPED)
+    hart = Pipeline.from_pretrained(hart_run / "model")
     var_run = shop.generator(DROPPED, hybrid=False)
     model = load_model(var_run / "model", torch.float32)
     var = Pipeline(replace(model, tokenizer=load_tokenizer_of(shop.tokenizer(0.0))))
@@ -55,7 +56,7 @@ def residual(shop: Workshop, judge: Judge) -> list[dict[str, str]]:
         row["Fréchet against the first, 95 %"] = (
             "" if halves is base else f"{100 * interval.low:+.1f} … {100 * interval.high:+.1f} %"
         )
-        run = var_run if label.startswith("VAR") else shop.generator(DROPPED)
+        run = var_run if label.startswith("VAR") else hart_run
         row["training, s a step"] = f"{seconds_per_step(run, shop.sizes.generator_batch):.2f}"
         rows.append(row)
     return rows

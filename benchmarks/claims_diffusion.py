@@ -24,6 +24,7 @@ from hartist.generation.pipeline import Pipeline, Request
 from hartist.generation.sampling import SamplingSettings
 from hartist.generation.shortcuts import FAST
 from hartist.pixels import to_uint8
+from hartist.text.encoder import TextEncoder
 from hartist.text.loading import load_text_encoder
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.training.config import Phase, RunConfig
@@ -53,8 +54,8 @@ class Rival:
     """Tokens and width of the text states."""
 
     def maker(self, steps: int, guidance: float) -> Maker:
-        h, w = self.tokenizer.schedule.finest
-        shape = (self.tokenizer.config.latent_channels, h, w)
+        channels, side = latent_of(self.tokenizer)
+        shape = (channels, side, side)
 
         @torch.inference_mode()
         def make(requests: Sequence[Request]) -> Pixels:
@@ -73,13 +74,7 @@ def dit_size(sizes: Sizes) -> DitSize:
 
 def train_dit(shop: Workshop, steps: int) -> Path:
     """A diffusion transformer trained so long on the generators' token cache; returns its run."""
-    tokenizer = load_tokenizer_of(shop.tokenizer(0.5))
-    encoder = load_text_encoder(find_model(None) / "text_encoder", num_tokens=shop.sizes.transformer.context_tokens)
-    phase = Phase(shop.sizes.image_size, shop.sizes.transformer.sides)
-    prepared = prepare_data(shop.data, shop.tokens, (phase,), tokenizer, encoder, world=World(), progress=watched())
-    torch.manual_seed(shop.seed)
-    config = tokenizer.config
-    dit = Dit(dit_size(shop.sizes), config.latent_channels, config.schedule.finest[0], encoder.dim)
+    run = shop.out / f"dit-{steps}-of-{shop.budget.tokenizer}-seed{shop.seed}"
     run_config = RunConfig(
         steps=steps,
         batch_size=shop.sizes.generator_batch,
@@ -88,10 +83,31 @@ def train_dit(shop: Workshop, steps: int) -> Path:
         log_every=max(1, steps // 20),
         picture_every=steps,
     )
-    run = shop.out / f"dit-{steps}-of-{shop.budget.tokenizer}-seed{shop.seed}"
-    stage = DitStage(dit, tokenizer.quantizer, prepared.train[0], prepared.validation[0], run_config, prepared.key)
-    shop.train(run, steps, lambda: train(stage, run_config, run, progress=watched()))
+
+    def start() -> int:
+        tokenizer, encoder = parts_of(shop)
+        phase = Phase(shop.sizes.image_size, shop.sizes.transformer.sides)
+        prepared = prepare_data(shop.data, shop.tokens, (phase,), tokenizer, encoder, world=World(), progress=watched())
+        torch.manual_seed(shop.seed)
+        dit = Dit(dit_size(shop.sizes), *latent_of(tokenizer), encoder.dim)
+        train_cache, validation = prepared.train[0], prepared.validation[0]
+        stage = DitStage(dit, tokenizer.quantizer, train_cache, validation, run_config, prepared.key)
+        return train(stage, run_config, run, progress=watched())
+
+    shop.train(run, steps, start)
     return run
+
+
+def parts_of(shop: Workshop) -> tuple[HybridTokenizer, TextEncoder]:
+    """The tokenizer and text encoder of all generators."""
+    text = find_model(None) / "text_encoder"
+    encoder = load_text_encoder(text, num_tokens=shop.sizes.transformer.context_tokens)
+    return load_tokenizer_of(shop.tokenizer(0.5)), encoder
+
+
+def latent_of(tokenizer: HybridTokenizer) -> tuple[int, int]:
+    """Channels and side of a latent."""
+    return tokenizer.config.latent_channels, tokenizer.schedule.finest[0]
 
 
 def rival(shop: Workshop) -> tuple[Rival, str]:
@@ -108,10 +124,8 @@ def rival(shop: Workshop) -> tuple[Rival, str]:
     seconds = shop.figures(f"claims: seconds of a step, {shop.generator_name(DROPPED)}", probe)
     steps = round(shop.budget.generator * seconds["hart"] / seconds["dit"])
     run = train_dit(shop, steps)
-    tokenizer = load_tokenizer_of(shop.tokenizer(0.5))
-    encoder = load_text_encoder(find_model(None) / "text_encoder", num_tokens=shop.sizes.transformer.context_tokens)
-    config = tokenizer.config
-    dit = load_dit(run, dit_size(shop.sizes), config.latent_channels, config.schedule.finest[0], encoder.dim)
+    tokenizer, encoder = parts_of(shop)
+    dit = load_dit(run, dit_size(shop.sizes), *latent_of(tokenizer), encoder.dim)
     words = (
         f"{shop.budget.generator} steps of HART's at {seconds['hart']:.2f} s, "
         f"{steps} of the diffusion transformer's at {seconds['dit']:.2f} s"
@@ -155,8 +169,7 @@ def dit_ways(shop: Workshop, other: Rival, guidance: float) -> list[Way]:
     decoder = generation_work(config, shop.sizes.transformer).decode.total
 
     def macs(steps: int) -> float:
-        side = config.schedule.finest[0]
-        latent = other.dit.sampling_macs(config.latent_channels, side, other.text, steps, guidance)
+        latent = other.dit.sampling_macs(*latent_of(other.tokenizer), other.text, steps, guidance)
         return latent.total + decoder
 
     return [

@@ -30,7 +30,7 @@ from hartist.training.batches import MicroBatch
 from hartist.training.config import RunConfig
 from hartist.training.cost import BACKWARD
 from hartist.training.generator_stage import VALIDATION_BATCH, drop_condition
-from hartist.training.loop import Part, StepLoss
+from hartist.training.loop import Part, StatelessStage, StepLoss
 from hartist.training.token_shards import Cache, TokenCache, spread_rows
 
 WEIGHTS = "dit.safetensors"
@@ -122,7 +122,7 @@ def latents(quantizer: Quantizer, schedule: ScaleSchedule, batch: TokenCache) ->
     return step.f_hat_BChw + tokens_to_map(batch.last_scale_NmC, schedule.finest)
 
 
-class DitStage:
+class DitStage(StatelessStage):
     """Trains on what a generator trains on: a token cache."""
 
     def __init__(
@@ -133,6 +133,9 @@ class DitStage:
         self.schedule = quantizer.schedule
         some = latents(quantizer, self.schedule, train.rows(spread_rows(train, 512)))
         dit.deviation.fill_(some.std())
+        context = train.rows(torch.zeros(1, dtype=torch.long)).drawn_context(torch.zeros(1))
+        macs = dit.sampling_macs(*some.shape[1:3], (context.num_tokens, context.dim), 1, 1.0)
+        self.step_flops = (1 + BACKWARD) * macs.flops * run.batch_size
 
     @property
     def parts(self) -> list[Part]:
@@ -142,25 +145,11 @@ class DitStage:
     def identity(self) -> dict[str, Any]:
         return {"data": self.data_key, "dit": dict(self.dit.net.config), "run": self.run.identity}
 
-    @property
-    def gathered(self) -> dict[str, Tensor]:
-        return {}
-
-    @property
-    def position(self) -> Any:
-        return None
-
-    def seek(self, position: Any) -> None:
-        pass
-
     def batch_at(self, step: int) -> tuple[int, int]:
         return self.run.batch_size, 0
 
     def flops(self, step: int) -> float:
-        config = self.quantizer.codebook.shape[1], self.schedule.finest[0]
-        context = self.train.rows(torch.zeros(1, dtype=torch.long)).context(torch.zeros(1, dtype=torch.long))
-        macs = self.dit.sampling_macs(*config, (context.num_tokens, context.dim), 1, 1.0)
-        return (1 + BACKWARD) * macs.flops * self.run.batch_size
+        return self.step_flops
 
     def loss(self, micro: MicroBatch) -> StepLoss:
         batch = self.train.rows(torch.tensor(micro.rows(len(self.train))))
@@ -168,8 +157,7 @@ class DitStage:
 
     def batch_loss(self, dit: Dit, batch: TokenCache, dropout: float) -> StepLoss:
         """Mean square error of the velocity, each image at one time and with one of its captions."""
-        captions_N = batch.first_caption_N + (torch.rand(len(batch)) * batch.num_captions_N).long()
-        context = drop_condition(batch.context(captions_N), dropout)
+        context = drop_condition(batch.drawn_context(torch.rand(len(batch))), dropout)
         with torch.no_grad():
             x0 = latents(self.quantizer, self.schedule, batch) / dit.deviation
             t_B = torch.randn(len(batch)).sigmoid()
@@ -179,9 +167,6 @@ class DitStage:
             velocity = dit((1 - share) * x0 + share * noise, t_B, context).float()
         loss = (velocity - (noise - x0)).square().mean()
         return StepLoss(loss, {"loss": loss.item()})
-
-    def after_step(self, step: int) -> dict[str, float]:
-        return {}
 
     def pictures(self, networks: Mapping[str, nn.Module], directory: Path, step: int) -> dict[str, float]:
         """No pictures; the loss on held-out images."""

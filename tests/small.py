@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from hartist.config import ResidualConfig, TokenizerConfig, TransformerConfig
@@ -153,6 +155,15 @@ def pictures(count: int, seed: int = 0, side: int = 32) -> Tensor:
         colour = torch.randint(0, 256, (3,), generator=generator).to(torch.uint8)
         picture[top : top + height, left : left + width] = colour
     return pixels
+
+
+def write_images(folder: Path, pixels_NHW3: Tensor, texts: Sequence[str]) -> None:
+    """A folder of pictures with metadata.jsonl."""
+    folder.mkdir(parents=True)
+    for i, pixels in enumerate(pixels_NHW3):
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(texts)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
 
 
 def image_set(count: int, seed: int = 0, side: int = 32) -> ImageSet:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hartist.config import ResidualConfig, TokenizerConfig
 from hartist.evaluation.features import FeatureNetwork
 from hartist.training.recipes import emoji_generator
-from small import pictures
+from small import pictures, write_images
 from tiny import TEXT_TOKENS, WORDS, write_tiny_bert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -60,11 +58,7 @@ def tiny_sizes() -> ablation_runs.Sizes:
 def write_dataset(root: Path) -> Path:
     """Ten training and six validation pictures in root/data; and a text encoder beside them."""
     for seed, (split, count) in enumerate([("train", 10), ("validation", 6)]):
-        (root / "data" / split).mkdir(parents=True)
-        lines = []
-        for i, pixels in enumerate(pictures(count, seed, SIDE)):
-            Image.fromarray(pixels.numpy()).save(root / "data" / split / f"{i}.png")
-            lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {WORDS[i % 5]}, flat"}))
-        (root / "data" / split / "metadata.jsonl").write_text("\n".join(lines))
+        texts = [f"a {WORDS[i % 5]}, flat" for i in range(count)]
+        write_images(root / "data" / split, pictures(count, seed, SIDE), texts)
     write_tiny_bert(root / "text_encoder")
     return root

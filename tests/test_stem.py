@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from hartist.cli import main
 from hartist.generation.loading import load_tokenizer_of
 from hartist.tokenizer.checkpoint import save_tokenizer
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.tokenizer.stem import double_stem
-from small import pictures, randomise, tokenizer_config
+from small import pictures, randomise, tokenizer_config, write_images
 
 
 def tokenizer(stem: int) -> HybridTokenizer:
@@ -45,21 +43,12 @@ def test_the_tokens_are_those_of_half_the_picture_and_the_pixels_come_twice(stem
     assert all(torch.equal(tensor, before[name]) for name, tensor in half.state_dict().items())
 
 
-def dataset(folder: Path, side: int) -> Path:
-    for split in ("train", "validation"):
-        (folder / split).mkdir(parents=True)
-        rows = []
-        for i, pixels in enumerate(pictures(6, 0, side)):
-            Image.fromarray(pixels.numpy()).save(folder / split / f"{i}.png")
-            rows.append(json.dumps({"file_name": f"{i}.png", "text": "a thing"}))
-        (folder / split / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
-
-
 def test_a_run_begins_with_the_doubled_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     half = tokenizer(4)
     save_tokenizer(half, tmp_path / "half")
-    data = dataset(tmp_path / "data", 64)
+    data = tmp_path / "data"
+    for split in ("train", "validation"):
+        write_images(data / split, pictures(6, 0, 64), ["a thing"] * 6)
     command = ["train", "tokenizer", "--data", str(data), "--out", str(tmp_path / "run"), "-q", "--double-stem"]
     command += ["--steps", "1", "--batch-size", "2", "--set", "image_size=64", "--set", "losses.perceptual=0"]
     command += ["--set", "losses.continuous_steps=0"]

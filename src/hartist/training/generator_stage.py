@@ -28,7 +28,7 @@ from hartist.training.batches import MicroBatch
 from hartist.training.config import GeneratorLossConfig, RunConfig
 from hartist.training.generator_cost import step_flops
 from hartist.training.generator_pictures import draw_samples
-from hartist.training.loop import Part, StepLoss
+from hartist.training.loop import Part, StatelessStage, StepLoss
 from hartist.training.lora import merged
 from hartist.training.parallel import World
 from hartist.training.subsampling import drop_ratio, kept_count, kept_positions
@@ -55,7 +55,7 @@ class TrainingPhase:
     validation: Cache | None = None
 
 
-class GeneratorStage:
+class GeneratorStage(StatelessStage):
     """A transformer over cached tokens and conditions; the tokenizer is frozen."""
 
     def __init__(
@@ -110,17 +110,6 @@ class GeneratorStage:
             "run": self.run.identity,
             "phases": phases,
         }
-
-    @property
-    def gathered(self) -> dict[str, Tensor]:
-        return {}
-
-    @property
-    def position(self) -> Any:
-        return None
-
-    def seek(self, position: Any) -> None:
-        pass
 
     def phase_at(self, step: int) -> TrainingPhase:
         return [phase for phase in self.phases if phase.first_step <= step][-1]
@@ -225,8 +214,7 @@ class GeneratorStage:
             if batch.label_N is None:
                 raise UserError("a class-conditional generator needs the images' classes, and the data has none")
             return torch.where(dropped_N, config.num_classes, batch.label_N).to(self.device)
-        captions_N = batch.first_caption_N + (draw_N * batch.num_captions_N).long()
-        return drop_condition(batch.context(captions_N), dropout).to(self.device)
+        return drop_condition(batch.drawn_context(draw_N), dropout).to(self.device)
 
     def _residual_loss(self, transformer: ScaleTransformer, z_BmD: Tensor, target_BmC: Tensor) -> Tensor:
         config = transformer.config.residual
@@ -240,9 +228,6 @@ class GeneratorStage:
         mlp = transformer.residual_mlp
         losses = diffusion_loss(lambda x, t: mlp(x, t, z_ND), x0_NC, t_N, noise_NC, schedule)
         return losses.total_N.mean()
-
-    def after_step(self, step: int) -> dict[str, float]:
-        return {}
 
     def pictures(self, networks: Mapping[str, nn.Module], directory: Path, step: int) -> dict[str, float]:
         """A grid of the fixed prompts, and the losses on held-out images."""

@@ -96,6 +96,24 @@ class Stage(Protocol):
         ...
 
 
+class StatelessStage:
+    """What a stage says whose batches follow from the step, and which gathers nothing on the way."""
+
+    @property
+    def gathered(self) -> dict[str, Tensor]:
+        return {}
+
+    @property
+    def position(self) -> Any:
+        return None
+
+    def seek(self, position: Any) -> None:
+        pass
+
+    def after_step(self, step: int) -> dict[str, float]:
+        return {}
+
+
 class _Interrupt:
     """SIGTERM and SIGINT ask for a clean stop: finish the step, save, exit."""
 

@@ -135,6 +135,10 @@ class TokenCache:
         """The text contexts of some captions, counted over all images."""
         return self.texts.context(self.text_M[captions_B])
 
+    def drawn_context(self, draw_N: Float[Tensor, " n"]) -> TextContext:
+        """The context of one caption of every image: the first for a draw of 0, the last for one just below 1."""
+        return self.context(self.first_caption_N + (draw_N * self.num_captions_N).long())
+
     def captions(self, captions_B: Int[Tensor, " b"]) -> list[str]:
         """Those captions in words."""
         return self.texts.strings(self.text_M[captions_B].tolist())
