@@ -18,7 +18,8 @@ from hartist.errors import UserError
 from hartist.files import read_json, write_json
 from hartist.generation.loading import find_model, load_tokenizer_of
 from hartist.training.config import OptimizerConfig, Phase, RunConfig
-from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe, emoji_generator, emoji_tokenizer
+from hartist.training.recipe import GeneratorRecipe, TokenizerRecipe
+from hartist.training.recipes_emoji import emoji_generator, emoji_tokenizer
 from hartist.training.run import train_generator, train_tokenizer
 
 

@@ -31,7 +31,7 @@ from hartist.training.config import Phase, RunConfig
 from hartist.training.loop import train
 from hartist.training.parallel import World
 from hartist.training.prepare import prepare_data
-from hartist.training.recipes import emoji_generator
+from hartist.training.recipes_emoji import emoji_generator
 
 HART, DIFFUSION = "HART", "diffusion transformer"
 PROBE_STEPS = 20

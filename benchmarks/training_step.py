@@ -39,7 +39,7 @@ from hartist.precision import computes_bf16
 from hartist.training.batches import micro_batches
 from hartist.training.config import GeneratorLossConfig, RunConfig
 from hartist.training.generator_stage import GeneratorStage
-from hartist.training.recipes import emoji_generator, emoji_tokenizer
+from hartist.training.recipes_emoji import emoji_generator, emoji_tokenizer
 from hartist.training.subsampling import MEAN_DROP
 
 SOURCES = ("cached", "pixels", "pixels-bf16")

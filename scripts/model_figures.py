@@ -15,7 +15,7 @@ from hartist import Pipeline
 from hartist.pixels import from_uint8
 from hartist.training.generator_stage import GeneratorStage, TrainingPhase
 from hartist.training.images import ImageSet, load_images
-from hartist.training.recipes import emoji_generator
+from hartist.training.recipes_emoji import emoji_generator
 from hartist.training.token_cache import build_token_cache
 
 EVERY = 9

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hartist.config import ResidualConfig, TokenizerConfig
 from hartist.evaluation.features import FeatureNetwork
-from hartist.training.recipes import emoji_generator
+from hartist.training.recipes_emoji import emoji_generator
 from small import pictures, write_images
 from tiny import TEXT_TOKENS, WORDS, write_tiny_bert
 

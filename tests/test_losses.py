@@ -38,7 +38,8 @@ from hartist.training.config import TokenizerLossConfig
 from hartist.training.discriminator import PatchDiscriminator, load_released_discriminator, read_released_discriminator
 from hartist.training.lpips import CONVS, LpipsLoss, load_lpips
 from hartist.training.perceptual import BLOCKS, PerceptualLoss, find_perceptual
-from hartist.training.recipes import emoji_tokenizer, published_tokenizer
+from hartist.training.recipes import published_tokenizer
+from hartist.training.recipes_emoji import emoji_tokenizer
 from hartist.training.residual_discriminator import ResidualDiscriminator, SpectralConv2d, blur_pool
 from hartist.training.run import train_tokenizer
 from hartist.training.usage import perplexity_per_scale

@@ -20,14 +20,9 @@ from hartist.training.cost import forward_flops, peak_flops
 from hartist.training.dry_run import describe_generator, describe_tokenizer, saved_bytes
 from hartist.training.generator_cost import mean_kept
 from hartist.training.parallel import World
-from hartist.training.recipes import (
-    GENERATOR_RECIPES,
-    TOKENIZER_RECIPES,
-    GeneratorRecipe,
-    TokenizerRecipe,
-    emoji_generator,
-    emoji_tokenizer,
-)
+from hartist.training.recipe import GeneratorRecipe, TokenizerRecipe
+from hartist.training.recipes import GENERATOR_RECIPES, TOKENIZER_RECIPES
+from hartist.training.recipes_emoji import emoji_generator, emoji_tokenizer
 from hartist.training.settings import with_setting
 from hartist.transformer.model import ScaleTransformer
 from small import SIDES, tokenizer_config, transformer_config

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hartist.errors import UserError
 from hartist.pixels import from_uint8, to_uint8
 from hartist.tokenizer.checkpoint import load_tokenizer
 from hartist.tokenizer.hybrid import HybridTokenizer
@@ -297,3 +298,8 @@ def test_random_crops_cut_the_same_square_out_of_both() -> None:
 def test_pixels_survive_the_round_trip(value: int) -> None:
     pixels = torch.full((2, 2, 3), value, dtype=torch.uint8)
     assert torch.equal(to_uint8(from_uint8(pixels)), pixels)
+
+
+def test_compiling_on_a_cpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"run\.compile"):
+        make_tokenizer_stage(run_config(1, compile=True))

@@ -20,7 +20,8 @@ from hartist.errors import UserError
 from hartist.tokenizer.checkpoint import save_tokenizer
 from hartist.training.config import GeneratorLossConfig, Phase, TokenizerLossConfig
 from hartist.training.parallel import World
-from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe, imagenet
+from hartist.training.recipe import GeneratorRecipe, TokenizerRecipe
+from hartist.training.recipes import imagenet
 from hartist.training.run import DataOptions, train_generator, train_tokenizer
 from runs import assert_same_state, log_rows, loss_curve, saved_step, state_files
 from small import SIDES, VAR, pictures, random_tokenizer, run_config, tokenizer_config, transformer_config

@@ -15,7 +15,8 @@ from hartist import Pipeline, UserError
 from hartist.config import ResidualConfig
 from hartist.generation.checkpoint import load_model, load_transformer
 from hartist.training.config import OptimizerConfig, Phase, RunConfig, TokenizerLossConfig
-from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe, emoji_generator, emoji_tokenizer
+from hartist.training.recipe import GeneratorRecipe, TokenizerRecipe
+from hartist.training.recipes_emoji import emoji_generator, emoji_tokenizer
 from hartist.training.run import train_generator, train_tokenizer
 from tiny import SIDES, SIZE, TEXT_TOKENS, write_tiny_bert
 
@@ -118,19 +119,6 @@ def test_a_run_can_begin_with_the_weights_of_a_model(trained: Path, tmp_path: Pa
     old, new = (load_transformer(path / "transformer").state_dict() for path in (start, tmp_path / "run" / "model"))
     for name, tensor in old.items():
         torch.testing.assert_close(new[name], tensor, msg=name, rtol=1e-2, atol=1e-3)  # stored as bfloat16
-
-
-def test_a_model_of_another_configuration_is_refused(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="missing key"):
-        train_generator(
-            trained / "data",
-            trained / "tok" / "tokenizer",
-            tmp_path / "run",
-            generator_recipe(step_embedding="sinusoidal"),
-            text_encoder_dir=trained / "bert",
-            start=load_model(trained / "gen" / "model"),
-            progress=False,
-        )
 
 
 def test_scales_that_do_not_fit_the_tokenizer_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -55,6 +55,13 @@ def _add_tokenizer(stages: Any) -> None:
         action="store_true",
         help="--start-from's tokens for pictures of twice its size: 2×2 pixels where there was one",
     )
+    parser.add_argument(
+        "--scales",
+        type=integers,
+        default=(),
+        metavar="A,B,…",
+        help="other sides of --start-from's token grids, coarse to fine (default: its own)",
+    )
     images = parser.add_argument_group("images")
     images.add_argument("--flip", action="store_true", help="mirror every other image")
     images.add_argument(

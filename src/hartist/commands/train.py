@@ -10,12 +10,13 @@ from typing import TypeVar
 from hartist.commands.output import require_writable, use_threads
 from hartist.errors import UserError, quoted
 from hartist.generation.devices import choose_device
-from hartist.generation.loading import find_model, load_any
+from hartist.generation.loading import find_model, load_any, load_tokenizer_of
 from hartist.training.dry_run import describe_generator, describe_tokenizer
 from hartist.training.finetune import finetune_recipe
 from hartist.training.parallel import World, join_world
-from hartist.training.recipes import GENERATOR_RECIPES, TOKENIZER_RECIPES, GeneratorRecipe, TokenizerRecipe
-from hartist.training.run import DataOptions, train_generator, train_tokenizer
+from hartist.training.recipe import GeneratorRecipe, TokenizerRecipe
+from hartist.training.recipes import GENERATOR_RECIPES, TOKENIZER_RECIPES
+from hartist.training.run import DataOptions, carried, going_on, train_generator, train_tokenizer
 from hartist.training.settings import with_setting
 
 Recipe = TypeVar("Recipe", TokenizerRecipe, GeneratorRecipe)
@@ -33,15 +34,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_tokenizer(args: argparse.Namespace, world: World) -> int:
     recipe = with_flags(_recipe(TOKENIZER_RECIPES, args.recipe), args)
+    start_from = find_model(args.start_from) if args.start_from is not None else None
     if args.dry_run:
+        if start_from is not None:
+            own = carried(start_from, double=args.double_stem, sides=args.scales).config
+            recipe = dataclasses.replace(recipe, tokenizer=own)
         return _tell(describe_tokenizer(recipe, world), world)
     done = train_tokenizer(
         args.data,
         args.out,
         recipe,
         options=DataOptions(args.stream, args.workers, args.crop, args.flip),
-        start_from=find_model(args.start_from) if args.start_from is not None else None,
+        start_from=start_from,
         double=args.double_stem,
+        sides=args.scales,
         trunk=args.perceptual_weights,
         discriminator=args.discriminator,
         world=world,
@@ -59,6 +65,9 @@ def _run_generator(args: argparse.Namespace, world: World) -> int:
     else:
         recipe = with_flags(_recipe(GENERATOR_RECIPES, args.recipe), args)
     if args.dry_run:
+        if start is not None and not finetuning:
+            tokenizer = start.tokenizer if args.tokenizer is None else load_tokenizer_of(args.tokenizer)
+            recipe = going_on(recipe, start, tokenizer)
         return _tell(describe_generator(recipe, world, args.strategy), world)
     done = train_generator(
         args.data,

@@ -41,7 +41,7 @@ class RunConfig:
     """Autocast convolutions and matrix products to bfloat16 where the hardware has it; quantizer, logits and
     losses stay float32."""
     compile: bool = False
-    """Compile the networks' blocks with torch.compile."""
+    """Compile the networks' blocks with torch.compile; a tokenizer not on a CPU."""
     activation_checkpointing: bool = False
     """Recompute the transformer's blocks in the backward pass instead of keeping their activations."""
 

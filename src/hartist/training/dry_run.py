@@ -19,7 +19,7 @@ from hartist.training.cost import peak_flops
 from hartist.training.generator_cost import empty_pass, mean_kept, step_flops
 from hartist.training.muon import hidden_matrices
 from hartist.training.parallel import Strategy, World
-from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe
+from hartist.training.recipe import GeneratorRecipe, TokenizerRecipe
 from hartist.training.tokenizer_stage import image_flops
 from hartist.transformer.model import ScaleTransformer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hartist.errors import UserError
 from hartist.generation.checkpoint import LoadedModel
 from hartist.training.config import GeneratorLossConfig, OptimizerConfig, Phase, RunConfig
-from hartist.training.recipes import GeneratorRecipe
+from hartist.training.recipe import GeneratorRecipe
 
 
 def finetune_recipe(model: LoadedModel) -> GeneratorRecipe:

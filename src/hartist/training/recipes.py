@@ -3,87 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-from hartist.config import ResidualConfig, TokenizerConfig, TransformerConfig
-from hartist.errors import UserError
+from hartist.config import TokenizerConfig, TransformerConfig
 from hartist.generation.sampling import SamplingSettings
 from hartist.presets import hart_class
 from hartist.scales import SIDES_256, SIDES_512, SIDES_1024
 from hartist.training.adversarial_config import AdversarialConfig
 from hartist.training.config import GeneratorLossConfig, OptimizerConfig, Phase, RunConfig, TokenizerLossConfig
-
-SIDES_64, SIDES_128 = SIDES_256[:4], SIDES_256[:7]
-"""The beginnings of the 256 px schedule: grids of 4×4 and 8×8 cells, f16. Scale k is the same size in all."""
-
-
-@dataclass(frozen=True)
-class TokenizerRecipe:
-    image_size: int
-    tokenizer: TokenizerConfig
-    losses: TokenizerLossConfig
-    run: RunConfig
-
-
-@dataclass(frozen=True)
-class GeneratorRecipe:
-    name: str
-    phases: tuple[Phase, ...]
-    """Resolutions in order; the last one's scales are the transformer's."""
-    transformer: TransformerConfig
-    losses: GeneratorLossConfig
-    run: RunConfig
-    sampling: SamplingSettings
-    """Sampling settings that the model is shipped with."""
-
-    def __post_init__(self) -> None:
-        if not self.phases or tuple(self.phases[-1].sides) != tuple(self.transformer.sides):
-            raise UserError(f"recipe {self.name}: its last phase must have the transformer's scales")
-        if self.phases[-1].scales not in (0, len(self.transformer.sides)):
-            raise UserError(f"recipe {self.name}: its last phase must see all scales")
-        if abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
-            raise UserError(f"recipe {self.name}: the shares of its phases do not add up to 1")
-
-    @property
-    def image_size(self) -> int:
-        return self.phases[-1].image_size
-
-    def first_steps(self) -> list[int]:
-        """The step with which each phase begins."""
-        ends = [sum(phase.share for phase in self.phases[:i]) for i in range(len(self.phases))]
-        return [round(end * self.run.steps) for end in ends]
-
-
-def emoji_tokenizer() -> TokenizerRecipe:
-    """256 px, 16×16×32 latent, 2,048 codes, the paper's ten scales: the bundled tokenizer, for two CPU cores."""
-    return TokenizerRecipe(
-        image_size=256,
-        tokenizer=TokenizerConfig(
-            vocab_size=2048,
-            latent_channels=32,
-            channels=64,
-            channel_multipliers=(1, 2, 4),
-            blocks_per_level=1,
-            stem=4,
-            sides=SIDES_256,
-        ),
-        losses=TokenizerLossConfig(
-            perceptual=0.1,
-            perceptual_crop=64,
-            perceptual_share=0.5,
-            continuous_steps=1200,
-            revive_every=50,
-        ),
-        run=RunConfig(
-            steps=3000,
-            batch_size=16,
-            optimizer=OptimizerConfig(
-                kind="muon", learning_rate=2e-3, warmup_steps=100, final_fraction=0.02, ema_decay=0.998
-            ),
-            picture_every=300,
-        ),
-    )
+from hartist.training.recipe import GeneratorRecipe, TokenizerRecipe
+from hartist.training.recipes_emoji import (
+    emoji_128_generator,
+    emoji_128_tokenizer,
+    emoji_256_generator,
+    emoji_256_tokenizer,
+    emoji_generator,
+    emoji_tokenizer,
+)
 
 
 def published_tokenizer() -> TokenizerRecipe:
@@ -118,56 +55,6 @@ def scratch_tokenizer() -> TokenizerRecipe:
         recipe.losses, frozen_encoder=False, continuous_steps=20_000, discrete_steps=60_000, revive_every=200
     )
     return replace(recipe, losses=losses, run=replace(recipe.run, steps=300_000))
-
-
-def emoji_generator() -> GeneratorRecipe:
-    """A transformer of 19 M with axial RoPE over MiniLM states, for two cores: the bundled model.
-
-    64 → 128 → 256 px, there with the coarse scales first: what a prompt decides lies in them, and they are cheap.
-    """
-    return GeneratorRecipe(
-        name="emoji",
-        phases=(
-            Phase(64, SIDES_64, share=0.17, batch_factor=4),
-            Phase(128, SIDES_128, share=0.17, batch_factor=2),
-            Phase(256, SIDES_256, share=0.38, batch_factor=2, scales=7),
-            Phase(256, SIDES_256, share=0.28),
-        ),
-        transformer=TransformerConfig(
-            sides=SIDES_256,
-            vocab_size=2048,
-            latent_channels=32,
-            context_tokens=32,
-            context_dim=384,
-            width=384,
-            depth=9,
-            heads=6,
-            mlp_ratio=4.0,
-            modulation="table",
-            rope="axial",
-            step_embedding="table",
-            context_norm_scale=1.0,
-            attention_scale=1.0,
-            residual=ResidualConfig(width=320, depth=3, steps=8),
-        ),
-        losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5),
-        run=RunConfig(
-            steps=6000,
-            batch_size=16,
-            optimizer=OptimizerConfig(
-                kind="muon",
-                learning_rate=1.5e-3,
-                schedule="wsd",
-                warmup_steps=100,
-                final_fraction=0.02,
-                ema_decay=0.998,
-            ),
-            picture_every=500,
-        ),
-        sampling=SamplingSettings(
-            guidance=2.0, top_k=100, temperature=0.5, residual_guidance=0.0, residual_temperature=0.5
-        ),
-    )
 
 
 def imagenet(depth: int) -> GeneratorRecipe:
@@ -235,11 +122,15 @@ def text_to_image() -> GeneratorRecipe:
 
 TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRecipe]] = {
     "emoji": emoji_tokenizer,
+    "emoji-128": emoji_128_tokenizer,
+    "emoji-256": emoji_256_tokenizer,
     "published": published_tokenizer,
     "scratch": scratch_tokenizer,
 }
 GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRecipe]] = {
     "emoji": emoji_generator,
+    "emoji-128": emoji_128_generator,
+    "emoji-256": emoji_256_generator,
     **{f"imagenet-d{depth}": partial(imagenet, depth) for depth in (16, 20, 24, 30)},
     "text-to-image": text_to_image,
 }

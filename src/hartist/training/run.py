@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from hartist.checkpoint import check_keys
 from hartist.config import TransformerConfig
 from hartist.data.reader import open_dataset
 from hartist.data.stream import ImageStream, Settings
@@ -19,9 +19,10 @@ from hartist.data.transform import Crop
 from hartist.errors import UserError
 from hartist.generation.checkpoint import LoadedModel
 from hartist.generation.loading import find_model, load_tokenizer_of
-from hartist.scales import ScaleSchedule
+from hartist.scales import ScaleSchedule, Side
 from hartist.text.loading import load_text_encoder
 from hartist.tokenizer.hybrid import HybridTokenizer
+from hartist.tokenizer.sides import tokenizer_with_sides
 from hartist.tokenizer.stem import double_stem
 from hartist.training.batches import micro_batches, step_seed
 from hartist.training.config import RunConfig
@@ -34,9 +35,10 @@ from hartist.training.lora import add_adapters
 from hartist.training.parallel import Strategy, World
 from hartist.training.perceptual import find_perceptual
 from hartist.training.prepare import held_out, prepare_data
-from hartist.training.recipes import GeneratorRecipe, TokenizerRecipe
+from hartist.training.recipe import GeneratorRecipe, TokenizerRecipe
 from hartist.training.tokenizer_stage import TokenizerStage
 from hartist.transformer.model import ScaleTransformer
+from hartist.transformer.sides import transformer_with_sides
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def train_tokenizer(
     options: DataOptions | None = None,
     start_from: Path | None = None,
     double: bool = False,
+    sides: Sequence[Side] = (),
     trunk: Path | None = None,
     discriminator: Path | None = None,
     world: World | None = None,
@@ -69,9 +72,9 @@ def train_tokenizer(
     """Train a tokenizer; returns the number of finished steps. The result is in out/tokenizer.
 
     `start_from`: a tokenizer of any layout we read, to begin with instead of random weights (the recipe's
-    sizes then give way to its own), with `double` for pictures of twice its size (`double_stem`). `trunk`:
-    weights of the perceptual network, where no package has them. `discriminator`: a released tokenizer whose
-    PatchGAN the adversarial loss begins with.
+    sizes then give way to its own), with `double` for pictures of twice its size (`double_stem`), with `sides` on
+    other scales than its own. `trunk`: weights of the perceptual network, where no package has them.
+    `discriminator`: a released tokenizer whose PatchGAN the adversarial loss begins with.
     """
     world, options = world or World(), options or DataOptions()
     check_shares(recipe.run, world)
@@ -79,6 +82,8 @@ def train_tokenizer(
         raise UserError("this recipe trains the decoder of a discrete tokenizer: name one with --start-from")
     if double and start_from is None:
         raise UserError("--double-stem doubles the stem of a finished tokenizer: name one with --start-from")
+    if sides and start_from is None:
+        raise UserError("--scales gives a finished tokenizer other scales: name one with --start-from")
     adversary = read_released_discriminator(discriminator) if discriminator is not None else None
     if adversary is not None and not (recipe.losses.adversarial and recipe.losses.adversary.kind == "patchgan"):
         raise UserError(
@@ -89,8 +94,7 @@ def train_tokenizer(
         find_perceptual(recipe.losses.perceptual_network, trunk)  # absent weights are told of before pictures are read
     source, validation = _image_source(data, recipe, options, world, progress and world.main)
     if start_from is not None:
-        tokenizer = load_tokenizer_of(start_from)
-        tokenizer = double_stem(tokenizer) if double else tokenizer
+        tokenizer = carried(start_from, double=double, sides=sides)
     else:
         torch.manual_seed(recipe.run.seed)
         tokenizer = HybridTokenizer(recipe.tokenizer)
@@ -98,6 +102,13 @@ def train_tokenizer(
         tokenizer, recipe.losses, recipe.run, source, validation, world=world, trunk=trunk, discriminator=adversary
     )
     return train(stage, recipe.run, out, world=world, progress=progress)
+
+
+def carried(tokenizer_dir: Path, *, double: bool = False, sides: Sequence[Side] = ()) -> HybridTokenizer:
+    """A finished tokenizer to go on with, at twice its resolution or on other scales if asked for."""
+    tokenizer = load_tokenizer_of(tokenizer_dir)
+    tokenizer = double_stem(tokenizer) if double else tokenizer
+    return tokenizer_with_sides(tokenizer, sides) if sides else tokenizer
 
 
 def check_shares(run: RunConfig, world: World, factor: int = 1) -> None:
@@ -147,9 +158,10 @@ def train_generator(
 ) -> int:
     """Train a generator; returns the number of finished steps. The result is in out/model.
 
-    `start` is a model whose transformer the run begins with, instead of random weights; without
-    `tokenizer_dir` its tokenizer is taken, and its text encoder. Else the bundled model's MiniLM encodes the
-    captions. Tokens and text states are computed once, into `cache_dir` (out/cache); without `data` they are there.
+    `start` is a model whose transformer the run begins with, instead of random weights: the recipe's sizes then give
+    way to its own, on the recipe's scales. Without `tokenizer_dir` its tokenizer is taken, and its text encoder; else
+    the bundled model's MiniLM encodes the captions. Tokens and text states are computed once, into `cache_dir`
+    (out/cache); without `data` they are there.
     """
     world = world or World()
     for phase in recipe.phases:
@@ -157,6 +169,8 @@ def train_generator(
     if tokenizer_dir is None and start is None:
         raise UserError("a generator needs a tokenizer: name one with --tokenizer, or a model with --start-from")
     tokenizer = load_tokenizer_of(tokenizer_dir) if tokenizer_dir is not None else start.tokenizer  # type: ignore[union-attr]
+    if start is not None:
+        recipe = going_on(recipe, start, tokenizer)
     _check_scales(recipe, tokenizer)
     encoder = None
     if recipe.transformer.condition == "text":
@@ -200,20 +214,28 @@ def train_generator(
 
 
 def _first_transformer(config: TransformerConfig, start: LoadedModel | None, seed: int) -> ScaleTransformer:
-    """With random weights, or with those of a model of the same configuration."""
+    """With random weights, or with those of a model, on the scales of `config`."""
     if start is None:
         torch.manual_seed(step_seed(seed, 0, stream=4))
         transformer = ScaleTransformer(config)
         transformer.initialise()
         return transformer
-    if config.residual is not None and start.transformer.config.residual is not None:
-        residual = dataclasses.replace(config.residual, target_scale=start.transformer.config.residual.target_scale)
-        config = dataclasses.replace(config, residual=residual)
-    transformer = ScaleTransformer(config)
-    weights = {name: tensor.float() for name, tensor in start.transformer.state_dict().items()}
-    check_keys(transformer.state_dict(), weights, f"the model {start.name!r}")
-    transformer.load_state_dict(weights)
-    return transformer
+    return transformer_with_sides(start.transformer, config.sides).float()
+
+
+def going_on(recipe: GeneratorRecipe, start: LoadedModel, tokenizer: HybridTokenizer) -> GeneratorRecipe:
+    """The recipe with the sizes of the model it goes on from; scales, steps and losses stay the recipe's.
+
+    Raises UserError if the model was made for another codebook.
+    """
+    config, codes = start.transformer.config, tokenizer.config
+    if (config.vocab_size, config.latent_channels) != (codes.vocab_size, codes.latent_channels):
+        raise UserError(
+            f"the tokenizer has {codes.vocab_size:,} codes of {codes.latent_channels} channels, the model "
+            f"{start.name!r} predicts {config.vocab_size:,} of {config.latent_channels}; take a tokenizer that "
+            "began with the model's"
+        )
+    return dataclasses.replace(recipe, transformer=dataclasses.replace(config, sides=recipe.transformer.sides))
 
 
 def _check_scales(recipe: GeneratorRecipe, tokenizer: HybridTokenizer) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hartist import config as configs
 from hartist.config import TokenizerConfig
+from hartist.errors import UserError
 from hartist.evaluation.image_metrics import psnr
 from hartist.files import atomic_directory, clear_temporaries
 from hartist.pixels import from_uint8, save_grid, to_uint8
@@ -66,6 +67,9 @@ class TokenizerStage:
             for module in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantizer):
                 module.requires_grad_(False)
         if run.compile:
+            if self.device.type == "cpu":
+                # PyTorch 2.13's Inductor returned zeros for half the gradients, in bfloat16 with channels last.
+                raise UserError("run.compile gives a tokenizer wrong gradients on a CPU; leave it out")
             tokenizer.encoder.compile()
             tokenizer.decoder.compile()
         torch.manual_seed(step_seed(run.seed, 0, stream=4))
