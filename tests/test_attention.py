@@ -10,16 +10,20 @@ from hartist.transformer.attend import attend, blocked_attention
 
 
 @pytest.mark.parametrize("size", [0.3, 3.0, 30.0], ids=["flat", "peaked", "one-hot"])
-def test_blocked_attention_is_as_accurate_as_the_fused_kernel(size: float) -> None:
+def test_blocked_attention_is_as_accurate_as_the_fused_kernel(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both in bfloat16 against float32, for scores from small to far beyond exp's range."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, length, 64, generator=generator).bfloat16() for length in (300, 700, 700))
     q = q * size
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=0.25)
     with torch.inference_mode():
+        monkeypatch.setattr("hartist.transformer.attend.multiplies_tiles", lambda: False)
         blocked = attend(q, k, v, 0.25)
+        monkeypatch.setattr("hartist.transformer.attend.multiplies_tiles", lambda: True)
+        chosen = attend(q, k, v, 0.25)
         fused = F.scaled_dot_product_attention(q, k, v, scale=0.25)
     assert torch.equal(blocked, blocked_attention(q, k, v, 0.25))
+    assert torch.equal(chosen, fused)
     assert blocked.isfinite().all()
 
     def error(y: torch.Tensor) -> float:

@@ -182,7 +182,7 @@ def emoji_256_generator() -> GeneratorRecipe:
         transformer=replace(recipe.transformer, sides=SIDES_256),
         losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5),
         run=RunConfig(
-            steps=2500,
+            steps=1500,
             batch_size=16,
             optimizer=OptimizerConfig(
                 kind="muon",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -27,13 +29,20 @@ def attend(
         return block_causal.block_causal_attention(q_BNlE, k_BNtE, v_BNtE, scale, runs)
     l = q_BNlE.shape[2]
     inference = not torch.is_grad_enabled()
-    if inference and l >= MIN_QUERIES and q_BNlE.device.type == "cpu" and q_BNlE.dtype == torch.bfloat16:
+    half_on_cpu = q_BNlE.device.type == "cpu" and q_BNlE.dtype == torch.bfloat16
+    if inference and half_on_cpu and l >= MIN_QUERIES and not multiplies_tiles():
         return blocked_attention(q_BNlE, k_BNtE, v_BNtE, scale)
     if l == 1 and inference:
         # A single query takes another kernel on CPU, which sums in an order that depends on the batch.
         q_BNlE = q_BNlE.expand(-1, -1, 2, -1)
     y_BNlE = F.scaled_dot_product_attention(q_BNlE, k_BNtE, v_BNtE, scale=scale)
     return y_BNlE[:, :, :l]
+
+
+@functools.cache
+def multiplies_tiles() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16 (AMX), and PyTorch's fused attention with it."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def blocked_attention(
@@ -44,8 +53,8 @@ def blocked_attention(
 ) -> Float[Tensor, "b n l e"]:
     """Head by head, block of queries by block: large matrix products and a softmax between them.
 
-    In bfloat16 on CPU this runs about 1.5 times as fast as the fused kernel, whose products are small
-    (benchmarks/attention.py).
+    In bfloat16 this runs about 1.5 times as fast as the fused kernel, whose products are small, on a CPU with AVX-512;
+    with AMX it takes 2.7 times as long (benchmarks/attention.py).
     Scores are rounded to bfloat16 between the steps, which alone would cost accuracy where they are
     large. So a first product finds each query's maximum, and a second one subtracts it inside, as one
     more term of the sum: what is then rounded is the distance to the maximum, small wherever the
