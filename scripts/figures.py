@@ -37,7 +37,9 @@ PROMPTS = [
     "jack-o-lantern, noto",
 ]
 COLUMNS = 6
-CELL, CAPTION = 128, 30
+CELL, CAPTION = 192, 30
+STEP = 128
+"""Side of the pictures that show a scale."""
 
 
 def captioned(images: list[Image.Image], captions: list[str]) -> Image.Image:
@@ -49,8 +51,8 @@ def captioned(images: list[Image.Image], captions: list[str]) -> Image.Image:
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(i, COLUMNS)
         x, y = column * (CELL + 8) + 4, row * (CELL + CAPTION + 8)
-        sheet.paste(image, (x, y))
-        text = "\n".join(textwrap.wrap(caption, 24)[:2])
+        sheet.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (x, y))
+        text = "\n".join(textwrap.wrap(caption, 36)[:2])
         draw.multiline_text((x + CELL // 2, y + CELL + 2), text, fill="#444", font=font, anchor="ma", align="center")
     return sheet
 
@@ -60,7 +62,8 @@ def main() -> None:
     pipe = Pipeline.from_pretrained(device="cpu")
     made = list(pipe.generate(make_requests(PROMPTS, 1, SEED), save_scales=True))
     (IMAGES / "samples.png").write_bytes(encode_png(captioned([item.image for item in made], PROMPTS)))
-    strips = [[torch.from_numpy(np.array(image)) for image in item.scale_images] for item in made[:3]]
+    small = [[image.resize((STEP, STEP), Image.Resampling.LANCZOS) for image in item.scale_images] for item in made[:3]]
+    strips = [[torch.from_numpy(np.array(image)) for image in row] for row in small]
     (IMAGES / "scales.png").write_bytes(encode_png(grid_image(strips)))
     if len(sys.argv) > 1:
         size = pipe.image_size[0]

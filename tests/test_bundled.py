@@ -59,7 +59,7 @@ def test_byte_equal_pngs_in_a_second_process(tmp_path: Path) -> None:
 
 def test_prompts_differ_and_pictures_are_on_white(pipe: Pipeline) -> None:
     apple, face = (np.asarray(pipe(prompt, seed=3)[0]).astype(int) for prompt in ("red apple, 3d", "grinning face, 3d"))
-    assert apple.shape == (128, 128, 3)
+    assert apple.shape == (256, 256, 3)
     assert np.abs(apple - face).mean() > 5
     for picture in (apple, face):
         corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]]

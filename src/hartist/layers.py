@@ -32,6 +32,22 @@ def steady_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], -1)
 
 
+def scale_shift(
+    y: Float[Tensor, "*b d"], scale: Float[Tensor, "*#b d"], shift: Float[Tensor, "*#b d"]
+) -> Float[Tensor, "*b d"]:
+    """y·(1 + scale) + shift, in one pass over y where the types agree."""
+    if y.dtype == scale.dtype == shift.dtype:
+        return torch.addcmul(shift, y, 1 + scale)
+    return y * (1 + scale) + shift
+
+
+def add_gated(
+    x: Float[Tensor, "*b d"], gate: Float[Tensor, "*#b d"], y: Float[Tensor, "*b d"]
+) -> Float[Tensor, "*b d"]:
+    """x + gate·y, in one pass where the types agree."""
+    return torch.addcmul(x, gate, y) if x.dtype == gate.dtype == y.dtype else x + gate * y
+
+
 def sinusoidal_embedding(index: Int[Tensor, " n"], channels: int = 256) -> Float[Tensor, "n {channels}"]:
     """cos, then sin, of index · exp(−ln 10⁴ · i / half): raw integers, not normalised."""
     half = channels // 2

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hartist.config import ResidualConfig
-from hartist.layers import Linear, SinusoidalEmbedder
+from hartist.layers import Linear, SinusoidalEmbedder, add_gated, scale_shift
 
 LN_EPS = 1e-6
 
@@ -23,7 +23,7 @@ class ResidualMLPBlock(nn.Module):
 
     def forward(self, h_NW: Float[Tensor, "n w"], silu_y_NW: Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:
         shift, scale, gate = self.modulation(silu_y_NW).chunk(3, -1)
-        return h_NW + gate * self.mlp(self.norm(h_NW) * (1 + scale) + shift)
+        return add_gated(h_NW, gate, self.mlp(scale_shift(self.norm(h_NW), scale, shift)))
 
 
 class FinalLayer(nn.Module):
@@ -36,7 +36,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, h_NW: Float[Tensor, "n w"], silu_y_NW: Float[Tensor, "n w"]) -> Float[Tensor, "n c2"]:
         shift, scale = self.modulation(silu_y_NW).chunk(2, -1)
-        return self.linear(F.layer_norm(h_NW, h_NW.shape[-1:], eps=LN_EPS) * (1 + scale) + shift)
+        return self.linear(scale_shift(F.layer_norm(h_NW, h_NW.shape[-1:], eps=LN_EPS), scale, shift))
 
 
 class ResidualMLP(nn.Module):

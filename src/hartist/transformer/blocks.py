@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hartist.config import TransformerConfig
-from hartist.layers import Linear, steady_linear
+from hartist.layers import Linear, add_gated, scale_shift, steady_linear
 from hartist.transformer.attention import Attention
 from hartist.transformer.block_causal import Runs
 from hartist.transformer.cache import KVCache, Spans
@@ -122,10 +122,8 @@ class Block(nn.Module):
             x_BlD = x_BlD + attend(self.norm(x_BlD))
             return x_BlD + self.mlp(self.norm(x_BlD))
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation_B6D[:, :, None].unbind(1)
-        y_BlD = self.norm(x_BlD) * (1 + scale1) + shift1
-        x_BlD = x_BlD + gain1 * attend(y_BlD)
-        y_BlD = self.norm(x_BlD) * (1 + scale2) + shift2
-        return x_BlD + gain2 * self.mlp(y_BlD)
+        x_BlD = add_gated(x_BlD, gain1, attend(scale_shift(self.norm(x_BlD), scale1, shift1)))
+        return add_gated(x_BlD, gain2, self.mlp(scale_shift(self.norm(x_BlD), scale2, shift2)))
 
 
 class Head(nn.Module):
@@ -139,7 +137,7 @@ class Head(nn.Module):
 
     def forward(self, hidden_BlD: Float[Tensor, "b l d"], condition_BD: Float[Tensor, "b d"]) -> Float[Tensor, "b l v"]:
         s_BD, b_BD = self.modulation(F.silu(condition_BD)).float().chunk(2, -1)
-        y_BlD = self.norm(hidden_BlD.float()) * (1 + s_BD[:, None]) + b_BD[:, None]
+        y_BlD = scale_shift(self.norm(hidden_BlD.float()), s_BD[:, None], b_BD[:, None])
         kind = y_BlD.device.type
         with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             bias = self.linear.bias.float() if self.linear.bias is not None else None

@@ -77,4 +77,11 @@ def _tables(angle_BlE: Float[Tensor, "b l e"]) -> Rope:
 def apply_rope(x_BNlE: Float[Tensor, "b n l e"], rope: Rope) -> Float[Tensor, "b n l e"]:
     """x·cos + rotate_half(x)·sin, the half-split convention."""
     first, second = x_BNlE.chunk(2, -1)
-    return x_BNlE * rope.cos_B1lE + torch.cat([-second, first], -1) * rope.sin_B1lE
+    if torch.is_grad_enabled() or x_BNlE.dtype != rope.sin_B1lE.dtype:
+        return x_BNlE * rope.cos_B1lE + torch.cat([-second, first], -1) * rope.sin_B1lE
+    sin_first, sin_second = rope.sin_B1lE.chunk(2, -1)
+    y_BNlE = x_BNlE * rope.cos_B1lE  # then half by half in place: fewer passes over memory
+    low, high = y_BNlE.chunk(2, -1)
+    low.addcmul_(second, sin_first, value=-1)
+    high.addcmul_(first, sin_second)
+    return y_BNlE
