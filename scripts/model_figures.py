@@ -15,7 +15,7 @@ from hartist import Pipeline
 from hartist.pixels import from_uint8
 from hartist.training.generator_stage import GeneratorStage, TrainingPhase
 from hartist.training.images import ImageSet, load_images
-from hartist.training.recipes_emoji import emoji_256_generator
+from hartist.training.recipes_emoji import emoji_128_generator
 from hartist.training.token_cache import build_token_cache
 
 EVERY = 9
@@ -25,7 +25,8 @@ EVERY = 9
 def main(dataset: Path) -> None:
     model = Pipeline.from_pretrained(device="cpu").model
     assert model.text_encoder is not None
-    images = load_images(dataset, "train", emoji_256_generator().image_size)
+    config = model.tokenizer.config
+    images = load_images(dataset, "train", config.downsampling * config.schedule.finest[0])
     batches = [model.tokenizer.encode(from_uint8(pixels)).ids for pixels in images.pixels.split(32)]
     usage = [len(torch.cat(scale).unique()) for scale in zip(*batches, strict=True)]
     print("codes in use per scale:", usage)
@@ -33,7 +34,7 @@ def main(dataset: Path) -> None:
     part = ImageSet(images.pixels[::EVERY], images.items[::EVERY], images.fingerprint)
     with tempfile.TemporaryDirectory() as folder:
         cache = build_token_cache(Path(folder) / "part", part, model.tokenizer, model.text_encoder)
-    recipe, schedule = emoji_256_generator(), model.transformer.schedule
+    recipe, schedule = emoji_128_generator(), model.transformer.schedule
     phase = TrainingPhase(0, recipe.run.batch_size, schedule, len(schedule), cache, cache)
     stage = GeneratorStage(recipe.losses, recipe.run, [phase], model, "figures")
     torch.manual_seed(0)

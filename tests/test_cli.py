@@ -447,7 +447,7 @@ BAD_CALLS = {
     "absent prompts file": ([], ["--prompts-file", "absent.txt"], "absent.txt"),
     "empty prompts file": ([], _prompts_of(b"\n \n"), "no prompt"),
     "binary prompts file": ([], _prompts_of(b"\xff\xfe\x00"), "prompts.txt"),
-    "parts for a model that has its own": (PROMPT, ["--tokenizer", "vae.pth"], "has its own tokenizer"),
+    "absent decoder for a model": (PROMPT, ["--tokenizer", "vae.pth"], "vae.pth"),
     "text model for one that has its own": (PROMPT, ["--text-model", "qwen"], "has its own text model"),
 }
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hartist import Pipeline
 from hartist.cli import main
 from hartist.generation.loading import load_tokenizer_of
 from hartist.tokenizer.checkpoint import save_tokenizer
 from hartist.tokenizer.hybrid import HybridTokenizer
 from hartist.tokenizer.stem import double_stem
 from small import pictures, randomise, tokenizer_config, write_images
+from tiny import write_tiny_text_model
 
 
 def tokenizer(stem: int) -> HybridTokenizer:
@@ -62,3 +65,24 @@ def test_a_run_begins_with_the_doubled_tokenizer(tmp_path: Path, capsys: pytest.
     for name, tensor in trained.state_dict().items():
         same = torch.equal(tensor, start[name])
         assert same or name.startswith(("decoder", "post_quant_conv"))
+
+
+def test_a_model_takes_a_decoder_of_its_tokens_and_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny_text_model(tmp_path / "model")
+    own = load_tokenizer_of(model)
+    save_tokenizer(double_stem(own), tmp_path / "doubled")
+    call = ["convert", str(model), str(tmp_path / "larger"), "--tokenizer"]
+    assert main([*call, str(tmp_path / "doubled")]) == 0
+    small, large = (Pipeline.from_pretrained(tmp_path / name, device="cpu") for name in ("model", "larger"))
+    assert large.image_size == tuple(2 * side for side in small.image_size)
+    before, after = (np.asarray(pipe("red apple, 3d", seed=1)[0]).astype(int) for pipe in (small, large))
+    assert np.abs(after - before.repeat(2, 0).repeat(2, 1)).max() <= 1  # the same tokens, each pixel four times
+    capsys.readouterr()
+    with torch.no_grad():
+        own.quantizer.codebook[0] += 1
+    save_tokenizer(own, tmp_path / "other")
+    assert main([*call[:2], str(tmp_path / "wrong"), "--tokenizer", str(tmp_path / "other")]) == 2
+    assert "scales and codes" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()

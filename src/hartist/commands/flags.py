@@ -73,7 +73,7 @@ def add_foreign_parts(parser: Any) -> None:
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="autoencoder .pth of a VAR model (default: vae*.pth beside it)",
+        help="autoencoder .pth of a VAR model (default: vae*.pth beside it), or another decoder of the model's tokens",
     )
     parser.add_argument(
         "--no-ema",

@@ -126,7 +126,8 @@ def add_convert(commands: Any) -> None:
   hartist convert hart-0.7b-1024px model --text-model Qwen2-VL-1.5B-Instruct
   hartist convert var_d16.pth model --tokenizer vae_ch160v4096z32.pth
   hartist convert model released --to release
-  hartist convert model smaller --dtype bfloat16""",
+  hartist convert model smaller --dtype bfloat16
+  hartist convert model larger --tokenizer runs/doubled/tokenizer      its tokens, another decoder""",
     )
     parser.add_argument("source", metavar="SOURCE", help="a model folder, a Hub id, or a VAR .pth file")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")

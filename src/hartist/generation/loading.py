@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,16 +81,32 @@ def load_any(
     if config.is_file():
         values = read_json(config)
         if isinstance(values, dict) and values.get("format") == "hartist-model":
-            for part, given in (("text model", text_model), ("tokenizer", tokenizer)):
-                if given is not None:
-                    raise UserError(f"{path} has its own {part}; leave {given} out")
-            return load_model(path, dtype)
+            if text_model is not None:
+                raise UserError(f"{path} has its own text model; leave {text_model} out")
+            model = load_model(path, dtype)
+            return model if tokenizer is None else with_tokenizer(model, load_tokenizer_of(tokenizer, dtype))
     if (path / "llm").is_dir():
         return _load_release(path, text_model, dtype, use_ema)
     raise UserError(
         f"{path} is not a model: neither Hartist's layout (config.json), nor the released one (llm/, tokenizer/), "
         "nor a VAR .pth"
     )
+
+
+def with_tokenizer(model: LoadedModel, tokenizer: HybridTokenizer) -> LoadedModel:
+    """The model with this decoder of its tokens, be it better or for larger pictures, in place of its own.
+
+    Raises UserError if the tokens mean something else to it: scales, codes and φ must be the model's.
+    """
+    own = model.tokenizer.quantizer.state_dict()
+    other = tokenizer.quantizer.state_dict()
+    same = own.keys() == other.keys() and all(torch.equal(own[name].float(), other[name].float()) for name in own)
+    if not same or tokenizer.schedule != model.tokenizer.schedule:
+        raise UserError(
+            f"this tokenizer's scales and codes are not those that {model.name!r} was trained on; take one that was "
+            "trained from the model's with losses.frozen_encoder=true, or train a generator for it"
+        )
+    return replace(model, tokenizer=tokenizer)
 
 
 def load_tokenizer_of(path: Path, dtype: torch.dtype | None = torch.float32) -> HybridTokenizer:
