@@ -39,7 +39,7 @@ class Sizes:
 
 
 def small_sizes() -> Sizes:
-    """The bundled tokenizer, and a transformer of half the bundled one's size: 256 px, 403 tokens."""
+    """The bundled tokenizer, and a transformer of half the bundled one's size: 256 px, 680 tokens."""
     base = find_model(None) / "tokenizer"
     tokenizer = load_tokenizer_of(base).config
     transformer = replace(

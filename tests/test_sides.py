@@ -16,7 +16,7 @@ from hartist.scales import ScaleSchedule
 from hartist.tokenizer.checkpoint import save_tokenizer
 from hartist.tokenizer.sides import tokenizer_with_sides
 from hartist.training.config import Phase
-from hartist.training.recipes_emoji import emoji_ten_generator
+from hartist.training.recipes_emoji import emoji_256_generator
 from hartist.training.run import train_generator
 from hartist.transformer.sides import transformer_with_sides
 from small import VAR, normal, pictures, random_context, random_tokenizer, random_transformer, write_images
@@ -95,7 +95,7 @@ def test_a_tokenizers_run_can_change_its_scales(data: Path, tmp_path: Path, caps
 def test_a_generators_run_carries_a_model_to_the_recipes_scales(data: Path, tmp_path: Path) -> None:
     """The model's own sizes, whatever the recipe's are; its tokenizer's new scales."""
     start, scales = write_tiny_text_model(tmp_path / "start"), (1, 2, 4)
-    recipe = emoji_ten_generator()
+    recipe = emoji_256_generator()
     recipe = dataclasses.replace(
         recipe,
         phases=(Phase(SIZE, scales),),

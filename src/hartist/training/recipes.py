@@ -16,10 +16,9 @@ from hartist.training.recipe import GeneratorRecipe, TokenizerRecipe
 from hartist.training.recipes_emoji import (
     emoji_128_generator,
     emoji_128_tokenizer,
+    emoji_256_generator,
     emoji_256_tokenizer,
     emoji_generator,
-    emoji_ten_generator,
-    emoji_ten_tokenizer,
     emoji_tokenizer,
 )
 
@@ -125,14 +124,13 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRecipe]] = {
     "emoji": emoji_tokenizer,
     "emoji-128": emoji_128_tokenizer,
     "emoji-256": emoji_256_tokenizer,
-    "emoji-ten": emoji_ten_tokenizer,
     "published": published_tokenizer,
     "scratch": scratch_tokenizer,
 }
 GENERATOR_RECIPES: dict[str, Callable[[], GeneratorRecipe]] = {
     "emoji": emoji_generator,
     "emoji-128": emoji_128_generator,
-    "emoji-ten": emoji_ten_generator,
+    "emoji-256": emoji_256_generator,
     **{f"imagenet-d{depth}": partial(imagenet, depth) for depth in (16, 20, 24, 30)},
     "text-to-image": text_to_image,
 }

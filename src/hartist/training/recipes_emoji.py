@@ -51,7 +51,7 @@ def emoji_tokenizer() -> TokenizerRecipe:
 
 
 def emoji_128_tokenizer() -> TokenizerRecipe:
-    """128 px, 16×16×16 latent, 1,024 codes, seven scales: the bundled model's tokens."""
+    """128 px, 16×16×16 latent, 1,024 codes, seven scales: what the bundled tokenizer began as."""
     return TokenizerRecipe(
         image_size=128,
         tokenizer=TokenizerConfig(
@@ -75,31 +75,20 @@ def emoji_128_tokenizer() -> TokenizerRecipe:
 
 
 def emoji_256_tokenizer() -> TokenizerRecipe:
-    """The bundled tokenizer: `emoji-128`'s with its stem doubled; only its decoder learns (`--start-from`)."""
+    """The bundled tokenizer: `emoji-128`'s for twice the size, on the paper's ten scales (`--start-from`)."""
     recipe = emoji_128_tokenizer()
     return TokenizerRecipe(
         image_size=256,
-        tokenizer=replace(recipe.tokenizer, stem=8),
-        losses=replace(recipe.losses, perceptual_crop=64, continuous_steps=0, revive_every=0, frozen_encoder=True),
+        tokenizer=replace(recipe.tokenizer, stem=8, sides=SIDES_256),
+        losses=replace(recipe.losses, perceptual_crop=64, continuous_steps=0),
         run=RunConfig(
-            steps=1000,
+            steps=2000,
             batch_size=16,
             optimizer=OptimizerConfig(
                 kind="muon", learning_rate=1e-3, warmup_steps=100, final_fraction=0.02, ema_decay=0.998
             ),
             picture_every=300,
         ),
-    )
-
-
-def emoji_ten_tokenizer() -> TokenizerRecipe:
-    """`emoji-256` on the paper's ten scales, all of it trained (`--start-from`, `--scales`)."""
-    recipe = emoji_256_tokenizer()
-    return replace(
-        recipe,
-        tokenizer=replace(recipe.tokenizer, sides=SIDES_256),
-        losses=replace(recipe.losses, revive_every=50, frozen_encoder=False),
-        run=replace(recipe.run, steps=2000),
     )
 
 
@@ -152,7 +141,7 @@ def emoji_generator() -> GeneratorRecipe:
 
 
 def emoji_128_generator() -> GeneratorRecipe:
-    """A transformer of 11 M on the tokens of `emoji-128`, coarse scales first: the bundled model's transformer."""
+    """A transformer of 11 M on the tokens of `emoji-128`, coarse scales first: what the bundled model began as."""
     return GeneratorRecipe(
         name="emoji",
         phases=(Phase(128, EMOJI_128_SIDES),),
@@ -184,8 +173,8 @@ def emoji_128_generator() -> GeneratorRecipe:
     )
 
 
-def emoji_ten_generator() -> GeneratorRecipe:
-    """`emoji-128`'s transformer carried to the paper's ten scales, on the tokens of `emoji-ten` (`--start-from`)."""
+def emoji_256_generator() -> GeneratorRecipe:
+    """The bundled model: `emoji-128`'s transformer carried to 256 px and the paper's ten scales (`--start-from`)."""
     recipe = emoji_128_generator()
     return replace(
         recipe,
