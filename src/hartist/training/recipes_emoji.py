@@ -178,11 +178,11 @@ def emoji_256_generator() -> GeneratorRecipe:
     recipe = emoji_128_generator()
     return replace(
         recipe,
-        phases=(Phase(256, SIDES_256, share=0.4, batch_factor=2, scales=7), Phase(256, SIDES_256, share=0.6)),
+        phases=(Phase(256, SIDES_256, share=0.48, batch_factor=2, scales=7), Phase(256, SIDES_256, share=0.52)),
         transformer=replace(recipe.transformer, sides=SIDES_256),
         losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5),
         run=RunConfig(
-            steps=1500,
+            steps=1250,
             batch_size=16,
             optimizer=OptimizerConfig(
                 kind="muon",
