@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hartist import Pipeline
 from hartist.evaluation.alignment import AlignmentConfig, AlignmentHeads, save_alignment
 from hartist.text.loading import load_text_encoder
 from hartist.tokenizer.hybrid import HybridTokenizer
@@ -400,4 +401,4 @@ def test_small_sizes_go_on_with_the_bundled_tokenizer() -> None:
     assert sizes.base is not None
     assert (sizes.base / "config.json").is_file()
     assert sizes.transformer.vocab_size == sizes.tokenizer.vocab_size
-    assert sizes.image_size == 128
+    assert sizes.image_size == Pipeline.from_pretrained(device="cpu").image_size[0]
