@@ -23,10 +23,10 @@ EVERY = 9
 
 @torch.no_grad()
 def main(dataset: Path) -> None:
-    model = Pipeline.from_pretrained(device="cpu").model
+    pipe = Pipeline.from_pretrained(device="cpu")
+    model = pipe.model
     assert model.text_encoder is not None
-    config = model.tokenizer.config
-    images = load_images(dataset, "train", config.downsampling * config.schedule.finest[0])
+    images = load_images(dataset, "train", pipe.image_size[0])
     batches = [model.tokenizer.encode(from_uint8(pixels)).ids for pixels in images.pixels.split(32)]
     usage = [len(torch.cat(scale).unique()) for scale in zip(*batches, strict=True)]
     print("codes in use per scale:", usage)

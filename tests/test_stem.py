@@ -55,8 +55,9 @@ def test_a_run_begins_with_the_doubled_tokenizer(tmp_path: Path, capsys: pytest.
     command = ["train", "tokenizer", "--data", str(data), "--out", str(tmp_path / "run"), "-q", "--double-stem"]
     command += ["--steps", "1", "--batch-size", "2", "--set", "image_size=64", "--set", "losses.perceptual=0"]
     command += ["--set", "losses.continuous_steps=0"]
-    assert main(command) == 2
-    assert "--double-stem" in capsys.readouterr().err
+    for call in (command, [*command, "--dry-run"]):
+        assert main(call) == 2
+        assert "--double-stem" in capsys.readouterr().err
     command += ["--set", "losses.frozen_encoder=true"]
     assert main([*command, "--start-from", str(tmp_path / "half")]) == 0
     trained = load_tokenizer_of(tmp_path / "run" / "tokenizer")

@@ -36,9 +36,9 @@ def _run_tokenizer(args: argparse.Namespace, world: World) -> int:
     recipe = with_flags(_recipe(TOKENIZER_RECIPES, args.recipe), args)
     start_from = find_model(args.start_from) if args.start_from is not None else None
     if args.dry_run:
-        if start_from is not None:
-            own = carried(start_from, double=args.double_stem, sides=args.scales).config
-            recipe = dataclasses.replace(recipe, tokenizer=own)
+        started = carried(start_from, double=args.double_stem, sides=args.scales)
+        if started is not None:
+            recipe = dataclasses.replace(recipe, tokenizer=started.config)
         return _tell(describe_tokenizer(recipe, world), world)
     done = train_tokenizer(
         args.data,

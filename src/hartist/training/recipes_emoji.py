@@ -14,9 +14,6 @@ SIDES_64, SIDES_128 = SIDES_256[:4], SIDES_256[:7]
 """The beginnings of the 256 px schedule: grids of 4×4 and 8×8 cells, f16. Scale k is the same size in all."""
 
 EMOJI_128_SIDES = (1, 2, 3, 4, 6, 9, 16)
-EMOJI_SAMPLING = SamplingSettings(
-    guidance=2.0, top_k=100, temperature=0.5, residual_guidance=0.0, residual_temperature=0.5
-)
 
 
 def emoji_tokenizer() -> TokenizerRecipe:
@@ -76,19 +73,12 @@ def emoji_128_tokenizer() -> TokenizerRecipe:
 
 def emoji_256_tokenizer() -> TokenizerRecipe:
     """The bundled tokenizer: `emoji-128`'s for twice the size, on the paper's ten scales (`--start-from`)."""
-    recipe = emoji_128_tokenizer()
-    return TokenizerRecipe(
-        image_size=256,
-        tokenizer=replace(recipe.tokenizer, stem=8, sides=SIDES_256),
-        losses=replace(recipe.losses, perceptual_crop=64, continuous_steps=0),
-        run=RunConfig(
-            steps=2000,
-            batch_size=16,
-            optimizer=OptimizerConfig(
-                kind="muon", learning_rate=1e-3, warmup_steps=100, final_fraction=0.02, ema_decay=0.998
-            ),
-            picture_every=300,
-        ),
+    recipe, run = emoji_tokenizer(), emoji_tokenizer().run
+    return replace(
+        recipe,
+        tokenizer=replace(emoji_128_tokenizer().tokenizer, stem=8, sides=SIDES_256),
+        losses=replace(recipe.losses, continuous_steps=0),
+        run=replace(run, steps=2000, optimizer=replace(run.optimizer, learning_rate=1e-3)),
     )
 
 
@@ -136,62 +126,46 @@ def emoji_generator() -> GeneratorRecipe:
             ),
             picture_every=500,
         ),
-        sampling=EMOJI_SAMPLING,
+        sampling=SamplingSettings(
+            guidance=2.0, top_k=100, temperature=0.5, residual_guidance=0.0, residual_temperature=0.5
+        ),
     )
 
 
 def emoji_128_generator() -> GeneratorRecipe:
     """A transformer of 11 M on the tokens of `emoji-128`, coarse scales first: what the bundled model began as."""
-    return GeneratorRecipe(
-        name="emoji",
+    recipe = emoji_generator()
+    return replace(
+        recipe,
         phases=(Phase(128, EMOJI_128_SIDES),),
-        transformer=TransformerConfig(
+        transformer=replace(
+            recipe.transformer,
             sides=EMOJI_128_SIDES,
             vocab_size=1024,
             latent_channels=16,
             context_tokens=24,
-            context_dim=384,
             width=320,
             depth=8,
             heads=5,
             mlp_ratio=3.6,
-            modulation="table",
-            rope="axial",
-            step_embedding="table",
-            context_norm_scale=1.0,
-            attention_scale=1.0,
             residual=ResidualConfig(width=256, depth=3, steps=8),
         ),
-        losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5, coarse_share=0.6, coarse_until=0.477),
+        losses=replace(recipe.losses, coarse_share=0.6, coarse_until=0.477),
         run=RunConfig(
             steps=5800,
             batch_size=16,
             optimizer=OptimizerConfig(learning_rate=8e-4, warmup_steps=150, ema_decay=0.999),
             picture_every=800,
         ),
-        sampling=EMOJI_SAMPLING,
     )
 
 
 def emoji_256_generator() -> GeneratorRecipe:
     """The bundled model: `emoji-128`'s transformer carried to 256 px and the paper's ten scales (`--start-from`)."""
-    recipe = emoji_128_generator()
+    recipe, run = emoji_generator(), emoji_generator().run
     return replace(
         recipe,
         phases=(Phase(256, SIDES_256, share=0.48, batch_factor=2, scales=7), Phase(256, SIDES_256, share=0.52)),
-        transformer=replace(recipe.transformer, sides=SIDES_256),
-        losses=GeneratorLossConfig(diffusion_repeats=2, scale_weight_power=0.5),
-        run=RunConfig(
-            steps=1250,
-            batch_size=16,
-            optimizer=OptimizerConfig(
-                kind="muon",
-                learning_rate=1e-3,
-                schedule="wsd",
-                warmup_steps=50,
-                final_fraction=0.02,
-                ema_decay=0.998,
-            ),
-            picture_every=500,
-        ),
+        transformer=replace(emoji_128_generator().transformer, sides=SIDES_256),
+        run=replace(run, steps=1250, optimizer=replace(run.optimizer, learning_rate=1e-3, warmup_steps=50)),
     )

@@ -80,10 +80,7 @@ def train_tokenizer(
     check_shares(recipe.run, world)
     if recipe.losses.frozen_encoder and start_from is None:
         raise UserError("this recipe trains the decoder of a discrete tokenizer: name one with --start-from")
-    if double and start_from is None:
-        raise UserError("--double-stem doubles the stem of a finished tokenizer: name one with --start-from")
-    if sides and start_from is None:
-        raise UserError("--scales gives a finished tokenizer other scales: name one with --start-from")
+    started = carried(start_from, double=double, sides=sides)
     adversary = read_released_discriminator(discriminator) if discriminator is not None else None
     if adversary is not None and not (recipe.losses.adversarial and recipe.losses.adversary.kind == "patchgan"):
         raise UserError(
@@ -93,20 +90,26 @@ def train_tokenizer(
     if recipe.losses.perceptual:
         find_perceptual(recipe.losses.perceptual_network, trunk)  # absent weights are told of before pictures are read
     source, validation = _image_source(data, recipe, options, world, progress and world.main)
-    if start_from is not None:
-        tokenizer = carried(start_from, double=double, sides=sides)
-    else:
-        torch.manual_seed(recipe.run.seed)
-        tokenizer = HybridTokenizer(recipe.tokenizer)
+    torch.manual_seed(recipe.run.seed)
+    tokenizer = HybridTokenizer(recipe.tokenizer) if started is None else started
     stage = TokenizerStage(
         tokenizer, recipe.losses, recipe.run, source, validation, world=world, trunk=trunk, discriminator=adversary
     )
     return train(stage, recipe.run, out, world=world, progress=progress)
 
 
-def carried(tokenizer_dir: Path, *, double: bool = False, sides: Sequence[Side] = ()) -> HybridTokenizer:
-    """A finished tokenizer to go on with, at twice its resolution or on other scales if asked for."""
-    tokenizer = load_tokenizer_of(tokenizer_dir)
+def carried(start_from: Path | None, *, double: bool = False, sides: Sequence[Side] = ()) -> HybridTokenizer | None:
+    """The finished tokenizer to go on with, if any, at twice its resolution or on other scales if asked for.
+
+    Raises UserError if that is asked for and there is none.
+    """
+    if start_from is None:
+        if double:
+            raise UserError("--double-stem doubles the stem of a finished tokenizer: name one with --start-from")
+        if sides:
+            raise UserError("--scales gives a finished tokenizer other scales: name one with --start-from")
+        return None
+    tokenizer = load_tokenizer_of(start_from)
     tokenizer = double_stem(tokenizer) if double else tokenizer
     return tokenizer_with_sides(tokenizer, sides) if sides else tokenizer
 
