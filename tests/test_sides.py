@@ -88,7 +88,11 @@ def test_a_tokenizers_run_can_change_its_scales(data: Path, tmp_path: Path, caps
     command += ["--set", "losses.continuous_steps=0"]
     assert main(command) == 2
     assert "--scales" in capsys.readouterr().err
-    assert main([*command, "--start-from", str(tmp_path / "old")]) == 0
+    command += ["--start-from", str(tmp_path / "old")]
+    assert main([*command, "--scales", "1,2,3"]) == 2
+    assert "do not make the 3×3 cells" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(command) == 0
     assert load_tokenizer_of(tmp_path / "run" / "tokenizer").config.sides == (1, 2, 3, 4)
 
 

@@ -81,6 +81,8 @@ def train_tokenizer(
     if recipe.losses.frozen_encoder and start_from is None:
         raise UserError("this recipe trains the decoder of a discrete tokenizer: name one with --start-from")
     started = carried(start_from, double=double, sides=sides)
+    if started is not None:
+        _check_cells(started.schedule, started, recipe.image_size, "its last scale")
     adversary = read_released_discriminator(discriminator) if discriminator is not None else None
     if adversary is not None and not (recipe.losses.adversarial and recipe.losses.adversary.kind == "patchgan"):
         raise UserError(
@@ -244,9 +246,13 @@ def going_on(recipe: GeneratorRecipe, start: LoadedModel, tokenizer: HybridToken
 def _check_scales(recipe: GeneratorRecipe, tokenizer: HybridTokenizer) -> None:
     """Scales beside the tokenizer's own are fine if they share their φ: it is one tokenizer at every resolution."""
     for phase in recipe.phases:
-        finest = ScaleSchedule.from_sides(phase.sides).finest
-        if finest[0] * tokenizer.config.downsampling != phase.image_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.config.downsampling} pixels a cell: {phase.image_size} px do not "
-                f"make the {finest[0]}×{finest[1]} cells of the recipe {recipe.name}"
-            )
+        _check_cells(ScaleSchedule.from_sides(phase.sides), tokenizer, phase.image_size, f"the recipe {recipe.name}")
+
+
+def _check_cells(schedule: ScaleSchedule, tokenizer: HybridTokenizer, image_size: int, whose: str) -> None:
+    h, w = schedule.finest
+    if h * tokenizer.config.downsampling != image_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.config.downsampling} pixels a cell: {image_size} px do not "
+            f"make the {h}×{w} cells of {whose}"
+        )
