@@ -80,15 +80,15 @@ def train_tokenizer(
     check_shares(recipe.run, world)
     if recipe.losses.frozen_encoder and start_from is None:
         raise UserError("this recipe trains the decoder of a discrete tokenizer: name one with --start-from")
-    started = carried(start_from, double=double, sides=sides)
-    if started is not None:
-        _check_cells(started.schedule, started, recipe.image_size, "its last scale")
     adversary = read_released_discriminator(discriminator) if discriminator is not None else None
     if adversary is not None and not (recipe.losses.adversarial and recipe.losses.adversary.kind == "patchgan"):
         raise UserError(
             f"{discriminator} is a PatchGAN, which this recipe doesn't use; "
             "add --set losses.adversary.kind=patchgan --set losses.adversarial=0.5"
         )
+    started = carried(start_from, double=double, sides=sides)
+    if started is not None:
+        _check_cells(started.schedule, started, recipe.image_size, "its last scale")
     if recipe.losses.perceptual:
         find_perceptual(recipe.losses.perceptual_network, trunk)  # absent weights are told of before pictures are read
     source, validation = _image_source(data, recipe, options, world, progress and world.main)
