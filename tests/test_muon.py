@@ -18,20 +18,28 @@ from small import normal, tokenizer_config, transformer_config
 
 @given(rows=st.integers(1, 24), columns=st.integers(1, 24), scale=st.floats(1e-3, 1e3))
 def test_all_directions_of_an_update_become_about_as_long(rows: int, columns: int, scale: float) -> None:
-    update = normal(rows, columns, seed=rows * 25 + columns) * scale
-    left, values, right = torch.linalg.svd(update, full_matrices=False)
-    clear = values > 0.05 * values.max()  # five rounds do not lift what is almost nothing
-    found = torch.diagonal(left.T @ orthogonalise(update).float() @ right.T)[clear]
-    assert found.min() > 0.6
-    assert found.max() < 1.3
+    first = normal(rows, columns, seed=rows * 25 + columns)
+    updates = torch.stack([first * scale, first.flip(0)])
+    for update, direction in zip(updates, orthogonalise(updates), strict=True):
+        left, values, right = torch.linalg.svd(update, full_matrices=False)
+        clear = values > 0.05 * values.max()  # five rounds do not lift what is almost nothing
+        found = torch.diagonal(left.T @ direction.float() @ right.T)[clear]
+        assert found.min() > 0.6
+        assert found.max() < 1.3
 
 
-def test_matrices_take_the_steps_of_pytorchs_muon_and_the_rest_those_of_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("together", [1, 2 * 12 * 12, 2**20])
+def test_matrices_take_the_steps_of_pytorchs_muon_and_the_rest_those_of_adamw(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hartist.training.muon.TOGETHER", together)
     monkeypatch.setattr("hartist.training.muon.computes_bf16", lambda device: True)  # PyTorch's always does
 
     def network() -> nn.Sequential:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(12, 20), nn.LayerNorm(20), nn.Linear(20, 6))
+        return nn.Sequential(
+            *(nn.Linear(12, 12) for _ in range(3)), nn.Linear(12, 20), nn.LayerNorm(20), nn.Linear(20, 6)
+        )
 
     ours, theirs = network(), network()
     config = OptimizerConfig(kind="muon", learning_rate=0.02, weight_decay=0.1)

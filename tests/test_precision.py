@@ -32,7 +32,7 @@ def test_a_cpu_without_bfloat16_computes_in_float32(has: bool, monkeypatch: pyte
         assert nn.Linear(4, 4)(torch.ones(1, 4)).dtype == kind
     with autocast(CPU, False):
         assert nn.Linear(4, 4)(torch.ones(1, 4)).dtype == torch.float32
-    assert orthogonalise(normal(4, 6)).dtype == kind
+    assert orthogonalise(normal(1, 4, 6)).dtype == kind
     losses = []
     for bf16 in (False, True):
         stage = make_tokenizer_stage(run_config(1, bf16=bf16))

@@ -165,7 +165,7 @@ def emoji_256_generator() -> GeneratorRecipe:
     recipe, run = emoji_generator(), emoji_generator().run
     return replace(
         recipe,
-        phases=(Phase(256, SIDES_256, share=0.48, batch_factor=2, scales=7), Phase(256, SIDES_256, share=0.52)),
+        phases=(Phase(256, SIDES_256, share=0.58, batch_factor=2, scales=7), Phase(256, SIDES_256, share=0.42)),
         transformer=replace(emoji_128_generator().transformer, sides=SIDES_256),
-        run=replace(run, steps=1250, optimizer=replace(run.optimizer, learning_rate=1e-3, warmup_steps=50)),
+        run=replace(run, steps=3000, optimizer=replace(run.optimizer, learning_rate=1e-3, warmup_steps=50)),
     )
