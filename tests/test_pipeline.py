@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from hartist import Pipeline
 from hartist.errors import UserError
 from hartist.generation.loop import ScaleResult
-from hartist.generation.pipeline import MAX_PROMPT_CHARACTERS, Generated, Request, make_requests, override
+from hartist.generation.pipeline import Generated, Request, make_requests, override
+from hartist.generation.prompts import MAX_PROMPT_CHARACTERS
 from hartist.generation.sampling import SamplingSettings
 from hartist.transformer.model import ScaleTransformer
 from hartist.transformer.prefix import Prefix, run_prefix

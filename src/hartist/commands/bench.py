@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         device=args.device,
         int8=args.int8,
+        compile=args.compile,
         sampling=(FAST if args.fast else {}) | ({} if args.guidance is None else {"guidance": args.guidance}),
         roofline=not args.no_roofline,
         operators=args.operators,

@@ -77,6 +77,7 @@ def choose_means(args: argparse.Namespace, shard: Shard) -> Means:
         not args.no_ema,
         args.threads or (1 if choose_device(device).type == "cpu" else 0),
         args.int8,
+        compile=args.compile,
     )
     return Means(options, options.fingerprint(), args.batch_size, processes, args.ray_address)
 

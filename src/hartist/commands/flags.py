@@ -48,6 +48,11 @@ def add_precision(parser: Any) -> None:
     parser.add_argument(
         "--int8", action="store_true", help="matrix products of the transformer in eight bits (CPU): faster, less exact"
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformer: slow at the first image, faster from then on (on a CPU it needs g++)",
+    )
     parser.add_argument("--text-device", metavar="DEVICE", help="where prompts are encoded (default: --device)")
 
 

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         use_ema=not args.no_ema,
         int8=args.int8,
+        compile=args.compile,
         text_device=args.text_device,
     )
     check_size(args.size, pipe)

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> int:
         args.threads or 1,  # with another number, pictures may differ by rounding
         args.int8,
         args.text_device,
+        args.compile,
     )
     model = options.fingerprint()
     with Manifest(args.out) as manifest:

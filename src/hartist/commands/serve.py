@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
             threads_each(args.threads, args.max_replicas or args.workers, args.ray_address),
             args.int8,
             args.text_device,
+            args.compile,
         ),
         args.image_filter,
     )

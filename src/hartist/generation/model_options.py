@@ -28,6 +28,7 @@ class ModelOptions:
     """0: all cores."""
     int8: bool = False
     text_device: str | None = None
+    compile: bool = False
 
     def load(self) -> Pipeline:
         """Load the model. Raises UserError if that can't be done."""
@@ -45,12 +46,13 @@ class ModelOptions:
             tokenizer=self.tokenizer,
             use_ema=self.use_ema,
             int8=self.int8,
+            compile=self.compile,
             text_device=self.text_device,
         )
 
     def fingerprint(self) -> str:
         """Tells models on disk apart without reading all of them: names, sizes, beginnings and ends of their files."""
-        digest = hashlib.sha256(f"{self.dtype} {self.use_ema} {self.int8}".encode())
+        digest = hashlib.sha256(f"{self.dtype} {self.use_ema} {self.int8}{' compiled' * self.compile}".encode())
         for part in map(Path, filter(None, (self.model, self.text_model, self.tokenizer))):
             files = sorted(path for path in part.rglob("*") if path.is_file()) if part.is_dir() else [part]
             for path in files:

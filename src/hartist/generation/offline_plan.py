@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hartist.errors import UserError, quoted
-from hartist.generation.pipeline import check_prompt, check_text, override
+from hartist.generation.pipeline import override
+from hartist.generation.prompts import check_prompt, check_text
 from hartist.generation.sampling import SamplingSettings
 
 MAX_PICTURES = 1_000_000

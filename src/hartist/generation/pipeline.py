@@ -20,16 +20,16 @@ from hartist.generation.devices import choose_device, choose_dtype
 from hartist.generation.loading import find_model, load_any
 from hartist.generation.loop import ScaleResult, Scales, generate_scales
 from hartist.generation.noise import ImageNoise
+from hartist.generation.prompts import check_prompt, check_text
 from hartist.generation.sampling import SamplingSettings
 from hartist.generation.shortcuts import FAST, guidance_strengths
 from hartist.pixels import to_uint8
 from hartist.text.encoder import CachedTextEncoder, TextContext, unconditional_context
 from hartist.tokenizer.hybrid import fast_layout
 from hartist.tokenizer.strips import decode_latent_in_strips
+from hartist.transformer.compiled import compile_blocks
 from hartist.transformer.int8 import quantize_int8
 from hartist.transformer.prefix import Prefix, Prefixes
-
-MAX_PROMPT_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Pipeline:
         tokenizer: str | os.PathLike[str] | None = None,
         use_ema: bool = True,
         int8: bool = False,
+        compile: bool = False,
         text_device: str | None = None,
     ) -> Pipeline:
         """Load a model: a directory, a Hugging Face Hub id, or nothing for the bundled one.
@@ -100,7 +101,8 @@ class Pipeline:
         text model in `text_model`), and VAR's transformer `.pth` (with the autoencoder's `.pth` in
         `tokenizer`). `device` defaults to CUDA, then MPS, then CPU; `dtype` to bfloat16 on CUDA and
         float32 elsewhere. `text_device` is where prompts are encoded, if elsewhere. `int8` makes the transformer's
-        products in eight bits, on a CPU. Raises UserError if the model is unknown, damaged or foreign.
+        products in eight bits, on a CPU. `compile` has PyTorch compile the transformer, which takes a minute at the
+        first image and makes the later ones faster. Raises UserError if the model is unknown, damaged or foreign.
         """
         chosen = choose_device(device)
         loaded = load_any(
@@ -111,10 +113,18 @@ class Pipeline:
             use_ema=use_ema,
         )
         pipe = cls(loaded, chosen, choose_device(text_device) if text_device else None)
-        if int8:
-            quantize_int8(pipe.transformer)
-            pipe.int8 = True
+        pipe.speed_up(int8=int8, compile=compile)
         return pipe
+
+    def speed_up(self, *, int8: bool = False, compile: bool = False) -> None:
+        """Products in eight bits, or compiled blocks. Raises UserError where that can't be had, or for both at once."""
+        if int8 and compile:
+            raise UserError("products in eight bits can't be compiled; leave --int8 or --compile out")
+        if int8:
+            quantize_int8(self.transformer)
+            self.int8 = True
+        if compile:
+            compile_blocks(self.transformer)
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write the model in Hartist's layout. Raises UserError for one whose weights were rounded to eight bits."""
@@ -312,22 +322,6 @@ class Pipeline:
         if self.text_encoder is None:
             return [0] * len(prompts)
         return self.text_encoder.count_truncated_tokens([str(prompt) for prompt in prompts])
-
-
-def check_prompt(prompt: str | int) -> None:
-    """Raise a UserError for an empty or absurdly long prompt."""
-    text = str(prompt)
-    if not text.strip():
-        raise UserError("the prompt is empty; describe the picture you want")
-    check_text(text, "the prompt")
-
-
-def check_text(text: str, what: str) -> None:
-    """Raise a UserError for what no text encoder can be given."""
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise UserError(f"{what} has {len(text)} characters; shorten it to {MAX_PROMPT_CHARACTERS}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{what} {quoted(text)} holds bytes that are no UTF-8 text; write them anew")
 
 
 def make_requests(prompts: Sequence[str | int], num_images: int, seed: int) -> list[Request]:

@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hartist.generation.pipeline import check_prompt, check_text, override
+from hartist.generation.pipeline import override
 from hartist.generation.png import convert_png
+from hartist.generation.prompts import check_prompt, check_text
 from hartist.generation.shortcuts import FAST
 from hartist.serving.errors import ApiError, as_api_error, body_of
 from hartist.serving.metrics import Metrics

@@ -18,6 +18,9 @@ from hartist.transformer.positions import Rope, apply_rope
 
 MAX_LOG_SCALE = math.log(100)
 
+Heads = tuple[Float[Tensor, "b n l e"], Float[Tensor, "b n l e"], Float[Tensor, "b n l e"]]
+"""Queries, keys and values of every head."""
+
 
 class Attention(nn.Module):
     """q and v have a bias, k has none. Scale ¼/√E, or the l2-norm variant with a learned scale a head."""
@@ -45,7 +48,14 @@ class Attention(nn.Module):
         spans: Spans | None = None,
     ) -> Float[Tensor, "b l d"]:
         """Attend within x and to what `cache` holds, or these spans of it; with `runs`, block-causally within x."""
-        B, l, D = x_BlD.shape
+        q_BNlE, k_BNlE, v_BNlE = self.project(x_BlD, rope)
+        if cache is not None:
+            k_BNlE, v_BNlE = cache.join(layer, k_BNlE, v_BNlE, keep=keep, spans=spans)
+        return self.merge(attend(q_BNlE, k_BNlE, v_BNlE, self.scale, runs))
+
+    def project(self, x_BlD: Float[Tensor, "b l d"], rope: Rope | None) -> Heads:
+        """Queries, keys and values of x, rotated to its positions."""
+        B, l = x_BlD.shape[:2]
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         if isinstance(self.qkv, Linear):
             qkv_Bl3D = steady_linear(x_BlD, self.qkv.weight, bias)
@@ -58,7 +68,8 @@ class Attention(nn.Module):
             k_BNlE = F.normalize(k_BNlE, dim=-1)
         if rope is not None:
             q_BNlE, k_BNlE = apply_rope(q_BNlE, rope), apply_rope(k_BNlE, rope)
-        if cache is not None:
-            k_BNlE, v_BNlE = cache.join(layer, k_BNlE, v_BNlE, keep=keep, spans=spans)
-        y_BNlE = attend(q_BNlE, k_BNlE, v_BNlE, self.scale, runs)
-        return self.proj(y_BNlE.transpose(1, 2).reshape(B, l, D))
+        return q_BNlE, k_BNlE, v_BNlE
+
+    def merge(self, y_BNlE: Float[Tensor, "b n l e"]) -> Float[Tensor, "b l d"]:
+        """The heads' outputs side by side, through the output layer."""
+        return self.proj(y_BNlE.transpose(1, 2).flatten(2))

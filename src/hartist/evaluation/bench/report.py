@@ -29,11 +29,12 @@ def format_head(result: BenchResult) -> str:
     h, w = result.image_size
     name = s.model or f"{s.preset}, random weights"
     changes = {name: value for name, value in s.sampling.items() if name != "guidance"}
-    mode = ", ".join([f"guidance {result.sampling.guidance:g}", *(f"{k} {v}" for k, v in changes.items())])
+    speed = [word for word, chosen in (("int8", s.int8), ("compiled", s.compile)) if chosen]
+    mode = ", ".join([*speed, f"guidance {result.sampling.guidance:g}", *(f"{k} {v}" for k, v in changes.items())])
     millions = ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in result.parameters.items())
     return "\n".join(
         [
-            f"{name}: {h}×{w} px, batch {s.batch}, {result.dtype}{', int8' if s.int8 else ''}, {mode}; {millions}",
+            f"{name}: {h}×{w} px, batch {s.batch}, {result.dtype}, {mode}; {millions}",
             "{cpu}, {threads} threads, device {device}, torch {torch}".format(**result.machine),
             f"medians of {s.repeats} after {s.warmup} of warm-up, lowest and highest behind",
         ]

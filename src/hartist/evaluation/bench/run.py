@@ -21,7 +21,6 @@ from hartist.generation.devices import choose_device, choose_dtype
 from hartist.generation.pipeline import Pipeline, override
 from hartist.generation.sampling import SamplingSettings
 from hartist.precision import computes_bf16
-from hartist.transformer.int8 import quantize_int8
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class BenchSettings:
     device: str | None = None
     int8: bool = False
     """The transformer's products in eight bits (CPU)."""
+    compile: bool = False
+    """The transformer's blocks compiled; the first run, which compiles them, counts as warm-up."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Sampling settings that differ from the model's own; fast mode is some of them."""
     roofline: bool = True
@@ -154,8 +155,7 @@ def open_pipeline(settings: BenchSettings, device: torch.device) -> Pipeline:
         preset = models.find_preset(settings.preset, settings.size)
         dtype = choose_dtype(settings.dtype or ("bfloat16" if computes_bf16(device) else "float32"), device)
         pipe = models.random_pipeline(preset, dtype, device)
-        if settings.int8:
-            quantize_int8(pipe.transformer)
+        pipe.speed_up(int8=settings.int8, compile=settings.compile)
         return pipe
     pipe = Pipeline.from_pretrained(
         settings.model,
@@ -164,6 +164,7 @@ def open_pipeline(settings: BenchSettings, device: torch.device) -> Pipeline:
         text_model=settings.text_model,
         tokenizer=settings.tokenizer,
         int8=settings.int8,
+        compile=settings.compile,
     )
     if settings.size is not None:
         models.resize(pipe, settings.size)

@@ -10,7 +10,7 @@ from hartist.evaluation.benchmarks.base import Item
 from hartist.evaluation.harness.result import Seeds
 from hartist.evaluation.harness.seeds import seed_of
 from hartist.generation.offline_plan import NAME, Picture
-from hartist.generation.pipeline import check_prompt
+from hartist.generation.prompts import check_prompt
 
 PICTURES = "pictures"
 
