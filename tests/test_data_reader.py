@@ -377,6 +377,23 @@ def test_a_cut_off_tar_loses_only_what_was_cut(cut: int, position: int, tmp_path
         open_dataset(f"{folder}/{path.name}" if position == 0 else folder, streaming=False)
 
 
+@pytest.mark.parametrize("into_header", [0, 100])
+def test_a_tar_cut_off_between_its_files_is_told_of(into_header: int, tmp_path: Path) -> None:
+    """Libraries take such a tar for whole."""
+    folder = write_tars(tmp_path / "set", 36, 3)
+    path = folder / "001.tar"
+    with tarfile.open(path) as tar:
+        cut = tar.getmembers()[16].offset + into_header
+    path.write_bytes(path.read_bytes()[:cut])
+    stream = ImageStream(open_dataset(folder, streaming=True), settings_of(shuffle=False))
+    assert len(list(stream)) == 12 + 8 + 12
+    (broken,) = stream.skipped.found.values()
+    assert (broken.name, broken.kind) == (path.name, "shard")
+    assert "cut off" in broken.reason
+    with pytest.raises(UserError, match=rf"{path.name} is damaged \(it has no end mark"):
+        open_dataset(folder, streaming=False)
+
+
 def test_damaged_parquet_files_are_named(tmp_path: Path) -> None:
     for shard in range(3):
         write_parquet(tmp_path / f"{shard}.parquet", range(4 * shard, 4 * shard + 4), row_group_size=2)

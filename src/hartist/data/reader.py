@@ -20,6 +20,7 @@ from hartist.data.locate import LocalFiles, find_files, is_local
 from hartist.data.records import Broken, Columns, Record, guess_columns
 from hartist.errors import UserError
 
+ENDS_EARLY = "it has no end mark, so it was cut off"
 FIRST_MEMBERS = 16
 """How much of a tar has to be readable for its columns to be told from it."""
 
@@ -67,6 +68,8 @@ class Source:
                 yield Broken(name, f"{_reason(error)}; the rest of it is lost", "shard")
                 return
             if batch is None:
+                if self.root is not None and _ends_early(self.root / name):
+                    yield Broken(name, f"{ENDS_EARLY}; the rest of it is lost", "shard")
                 return
             row = {column: values[0] for column, values in batch.items()}
             yield self.columns.read(row, f"{name} row {i}", self.root)
@@ -150,6 +153,8 @@ def _open_shards(name: str, files: LocalFiles, wanted: Wanted, streaming: bool) 
         if streaming:
             data = builder.as_streaming_dataset("train")
         else:
+            if cut := next(filter(_ends_early, paths), None):
+                raise UserError(f"{cut} is damaged ({ENDS_EARLY}); replace or remove it, or stream it")
             try:
                 builder.download_and_prepare()
             except Exception as error:
@@ -235,6 +240,15 @@ def _unreadable(path: Path, whole: bool = False) -> str | None:
             return None if count else "no files in it"
     except Exception as error:  # tar, compression and parquet libraries each have exceptions of their own
         return _reason(error)
+
+
+def _ends_early(path: Path) -> bool:
+    """Whether a tar lacks its end mark, two blocks of zeros: cut off between its files, it reads as whole."""
+    if path.suffix.lower() != ".tar":
+        return False
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2 * tarfile.BLOCKSIZE))
+        return any(file.read())
 
 
 def _stamp(path: Path) -> str:
