@@ -271,6 +271,9 @@ def test_a_line_the_model_cannot_serve_is_named(tmp_path: Path, capsys: pytest.C
     file = write_lines(tmp_path / "prompts.jsonl", [{"prompt": 3}, {"prompt": "5"}])
     assert "line 2: '5' is not a class of this model" in failure(capsys, classes, file, tmp_path / "out")
     assert pictures(tmp_path / "out") == {}
+    write_lines(file, [{"prompt": 3}, {"prompt": 4}, {"prompt": 4, "guidance_by_scale": [1.0] * 99}])
+    assert "line 3: guidance by scale has 99 numbers" in failure(capsys, classes, file, tmp_path / "out")
+    assert pictures(tmp_path / "out") == {}
     write_lines(file, [{"prompt": 3}, {"prompt": "4"}])
     assert generate(classes, file, tmp_path / "out") == 0
     assert len(pictures(tmp_path / "out")) == 2

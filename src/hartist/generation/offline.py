@@ -133,7 +133,8 @@ def check_plan(pipe: Pipeline, plan: Sequence[Picture]) -> None:
     """Raise a UserError that names the first line which this model can't serve."""
     for picture in plan:
         try:
-            pipe.check([Request(picture.prompt, picture.seed)], picture.negative_prompt, batch_size=1)
+            settings = override(pipe.model.settings, **dict(picture.changes))
+            pipe.check([Request(picture.prompt, picture.seed)], picture.negative_prompt, 1, settings)
         except UserError as error:
             raise UserError(f"line {picture.line}: {error}") from error
 

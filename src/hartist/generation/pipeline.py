@@ -239,8 +239,7 @@ class Pipeline:
         Raises UserError for prompts or settings the model can't serve.
         """
         settings = settings or self.model.settings
-        self.check(requests, negative_prompt, batch_size)
-        guidance_strengths(settings, len(self.transformer.schedule), hold_last=True)  # refuses another number of scales
+        self.check(requests, negative_prompt, batch_size, settings)
         truncated = self.truncated_tokens([request.prompt for request in requests])
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
@@ -293,8 +292,16 @@ class Pipeline:
 
     # ----------------------------------------------------------------- checks
 
-    def check(self, requests: Sequence[Request], negative_prompt: str | None, batch_size: int) -> None:
+    def check(
+        self,
+        requests: Sequence[Request],
+        negative_prompt: str | None,
+        batch_size: int,
+        settings: SamplingSettings | None = None,
+    ) -> None:
         """Raise a UserError for what can't be generated, before any work is done."""
+        if settings is not None:  # refuses another number of scales
+            guidance_strengths(settings, len(self.transformer.schedule), hold_last=True)
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}; it must be at least 1")
         for request in requests:
