@@ -20,7 +20,7 @@ from hartist.generation.model_options import ModelOptions
 from hartist.generation.sampling import SamplingSettings
 from hartist.serving import worker
 from hartist.serving.channel import Channel
-from hartist.serving.model import GuardedModel, Unfit, WorkerOptions
+from hartist.serving.model import GuardedModel, Unfit, WorkerOptions, load_pipeline
 from hartist.serving.tasks import Event, Failed, Finished, ImageTask, ModelInfo
 from hartist.serving.worker import WorkerLost, WorkerProcess
 
@@ -305,3 +305,12 @@ def test_a_worker_whose_model_is_of_no_more_use_ends(
         await one.stop()
 
     run(work())
+
+
+def test_a_model_is_compiled_before_anybody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(ModelOptions, "load", lambda options: drawn.append)
+    load_pipeline(WorkerOptions(ModelOptions()))
+    assert drawn == []
+    load_pipeline(WorkerOptions(ModelOptions(compile=True)))
+    assert drawn == ["0"]

@@ -37,6 +37,8 @@ class Unfit(Exception):
 def load_pipeline(options: WorkerOptions) -> tuple[Any, Any]:
     """The pipeline and its image filter, or None. Raises UserError if they can't be loaded."""
     pipeline = options.model.load()
+    if options.model.compile:  # now, and not while somebody waits: text or class, "0" is one
+        pipeline("0")
     blocks = None
     if options.image_filter is not None:
         from hartist.serving.image_filter import load_image_filter
