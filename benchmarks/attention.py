@@ -41,7 +41,7 @@ def generation() -> None:
         q, k, v = (torch.randn(1, HEADS, n, HEAD_DIM).bfloat16() for n in (queries, keys, keys))
         work = 4 * queries * keys * HEAD_DIM * HEADS / 1e9
         fused = seconds(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, scale=SCALE))
-        blocked = seconds(lambda q=q, k=k, v=v: blocked_attention(q, k, v, SCALE))
+        blocked = seconds(lambda q=q, k=k, v=v: blocked_attention(q, (k,), (v,), SCALE))
         print(f"{queries:7} {keys:6} {work / fused:14.0f} {work / blocked:16.0f} {fused / blocked:6.2f}")
 
 

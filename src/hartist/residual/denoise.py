@@ -12,6 +12,9 @@ from hartist.residual.loss import model_log_variance, posterior_mean, predict_x0
 from hartist.residual.mlp import ResidualMLP
 from hartist.residual.schedule import NoiseSchedule
 
+ROWS = 2048
+"""So many rows at a time, what the MLP makes along the way stays in a CPU's cache."""
+
 
 def denoise(
     mlp: ResidualMLP,
@@ -43,7 +46,7 @@ def denoise(
         t_R = torch.full((rows,), i, device=z_RD.device)
         time_1W = mlp.time_embed(torch.tensor([schedule.timesteps[i]], device=z_RD.device))
         seen_RC = torch.cat([x_RC[:half], x_RC[:half]]) if guided else x_RC
-        eps_RC, v_RC = mlp.predict(seen_RC.to(dtype), time_1W, condition_RW).float().chunk(2, -1)
+        eps_RC, v_RC = _predict(mlp, seen_RC.to(dtype), time_1W, condition_RW).float().chunk(2, -1)
         if guided:
             eps_half = (1 + guidance) * eps_RC[:half] - guidance * eps_RC[half:]
             eps_RC = torch.cat([eps_half, eps_half])
@@ -56,6 +59,14 @@ def denoise(
         else:
             x_RC = x_RC_mean
     return x_RC * target_scale
+
+
+def _predict(mlp: ResidualMLP, x_RC: Tensor, time_1W: Tensor, condition_RW: Tensor) -> Tensor:
+    """`mlp.predict`, on a CPU in pieces."""
+    if x_RC.device.type != "cpu" or torch.is_grad_enabled() or len(x_RC) <= ROWS:
+        return mlp.predict(x_RC, time_1W, condition_RW)
+    pieces = zip(x_RC.split(ROWS), condition_RW.split(ROWS), strict=True)
+    return torch.cat([mlp.predict(x, time_1W, condition) for x, condition in pieces])
 
 
 def _rows(noise_NC: Tensor, rows: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hartist.tokenizer.autoencoder import Decoder, Level, ResidualBlock, Upsample
 from hartist.tokenizer.hybrid import HybridTokenizer
 
-ROWS = 64
+ROWS = 32
 MIN_CELLS = 384 * 384
 """Smaller maps are decoded whole."""
 

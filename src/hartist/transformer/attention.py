@@ -23,7 +23,11 @@ Heads = tuple[Float[Tensor, "b n l e"], Float[Tensor, "b n l e"], Float[Tensor, 
 
 
 class Attention(nn.Module):
-    """q and v have a bias, k has none. Scale ¼/√E, or the l2-norm variant with a learned scale a head."""
+    """q and v have a bias, k has none. Scale ¼/√E, or the l2-norm variant with a learned scale a head.
+
+    `project`, the module itself and `merge`, one after another, are a block's attention: what is before and after the
+    mixing of tokens takes each for itself, so it can be done in pieces.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -38,20 +42,20 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x_BlD: Float[Tensor, "b l d"],
-        rope: Rope | None,
+        heads: Heads,
         *,
         runs: Runs | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
         keep: bool = True,
         spans: Spans | None = None,
-    ) -> Float[Tensor, "b l d"]:
-        """Attend within x and to what `cache` holds, or these spans of it; with `runs`, block-causally within x."""
-        q_BNlE, k_BNlE, v_BNlE = self.project(x_BlD, rope)
-        if cache is not None:
-            k_BNlE, v_BNlE = cache.join(layer, k_BNlE, v_BNlE, keep=keep, spans=spans)
-        return self.merge(attend(q_BNlE, k_BNlE, v_BNlE, self.scale, runs))
+    ) -> Float[Tensor, "b n l e"]:
+        """Attend within these tokens and to what `cache` holds, or these spans of it; with `runs`, block-causally."""
+        q_BNlE, k_BNlE, v_BNlE = heads
+        if cache is None:
+            return attend(q_BNlE, (k_BNlE,), (v_BNlE,), self.scale, runs)
+        keys, values = cache.join(layer, k_BNlE, v_BNlE, keep=keep, spans=spans)
+        return attend(q_BNlE, keys, values, self.scale, runs)
 
     def project(self, x_BlD: Float[Tensor, "b l d"], rope: Rope | None) -> Heads:
         """Queries, keys and values of x, rotated to its positions."""

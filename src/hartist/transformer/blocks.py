@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -11,7 +9,8 @@ from torch import Tensor, nn
 
 from hartist.config import TransformerConfig
 from hartist.layers import Linear, add_gated, scale_shift, steady_linear
-from hartist.transformer.attention import Attention
+from hartist.transformer import pieces
+from hartist.transformer.attention import Attention, Heads
 from hartist.transformer.block_causal import Runs
 from hartist.transformer.cache import KVCache, Spans
 from hartist.transformer.positions import Rope
@@ -120,8 +119,24 @@ class Block(nn.Module):
         keep: bool = True,
         spans: Spans | None = None,
     ) -> Float[Tensor, "b l d"]:
-        attend = functools.partial(self.attn, rope=rope, runs=runs, cache=cache, layer=layer, keep=keep, spans=spans)
-        x_BlD = self.add(x_BlD, attend(self.modulated(x_BlD, modulation_B6D, 0)), modulation_B6D, 0)
+        heads = pieces.before(self, x_BlD, modulation_B6D, rope)
+        y_BNlE = self.attn(heads, runs=runs, cache=cache, layer=layer, keep=keep, spans=spans)
+        return pieces.after(self, x_BlD, y_BNlE, modulation_B6D)
+
+    def before(
+        self, x_BlD: Float[Tensor, "b l d"], modulation_B6D: Float[Tensor, "b 6 d"] | None, rope: Rope | None
+    ) -> Heads:
+        """What tokens bring to attention."""
+        return self.attn.project(self.modulated(x_BlD, modulation_B6D, 0), rope)
+
+    def after(
+        self,
+        x_BlD: Float[Tensor, "b l d"],
+        y_BNlE: Float[Tensor, "b n l e"],
+        modulation_B6D: Float[Tensor, "b 6 d"] | None,
+    ) -> Float[Tensor, "b l d"]:
+        """What becomes of them with what attention found, and with the feed-forward layers."""
+        x_BlD = self.add(x_BlD, self.attn.merge(y_BNlE), modulation_B6D, 0)
         return self.add(x_BlD, self.mlp(self.modulated(x_BlD, modulation_B6D, 1)), modulation_B6D, 1)
 
     def modulated(

@@ -9,6 +9,9 @@ from torch import Tensor
 Spans = tuple[tuple[int, int], ...]
 """Parts of what a cache holds, as (start, end)."""
 
+Parts = tuple[Float[Tensor, "b n _ e"], ...]
+"""Keys, or values, of consecutive tokens."""
+
 
 class KVCache:
     """One pair of preallocated B×N×capacity×E buffers a layer, in the layout attention reads.
@@ -40,31 +43,26 @@ class KVCache:
         *,
         keep: bool,
         spans: Spans | None = None,
-    ) -> tuple[Float[Tensor, "b n t e"], Float[Tensor, "b n t e"]]:
-        """Keys and values so far, or these spans of them, with the new ones behind; `keep` stores the new ones,
+    ) -> tuple[Parts, Parts]:
+        """Keys and values so far, or these spans of them, and the new ones behind; `keep` stores the new ones,
         otherwise the layer is emptied.
         """
         start = self.lengths[layer]
-        keys, values = self.keys[layer], self.values[layer]
-        if spans is not None or not keep:
-            parts = spans or ((0, start),)
-            joined = [
-                torch.cat([*(old[:, :, a:b] for a, b in parts), new], 2)
-                for old, new in ((keys, k_BNlE), (values, v_BNlE))
-            ]
-            if not keep:  # the last scale: nobody asks this layer again, and memory is scarcest now
-                self.keys[layer] = self.values[layer] = keys.new_empty((0, 0, 0, 0))
-                self.lengths[layer] = 0
-                return joined[0], joined[1]
         end = start + k_BNlE.shape[2]
-        if end > keys.shape[2]:
-            raise ValueError(f"the cache holds {keys.shape[2]} tokens, {end} are needed")
-        keys[:, :, start:end] = k_BNlE
-        values[:, :, start:end] = v_BNlE
-        self.lengths[layer] = end
-        if spans is not None:
-            return joined[0], joined[1]
-        return keys[:, :, :end], values[:, :, :end]
+        keys, values = self.keys[layer], self.values[layer]
+        if keep:
+            if end > keys.shape[2]:
+                raise ValueError(f"the cache holds {keys.shape[2]} tokens, {end} are needed")
+            keys[:, :, start:end] = k_BNlE
+            values[:, :, start:end] = v_BNlE
+            self.lengths[layer] = end
+            if spans is None:
+                return (keys[:, :, :end],), (values[:, :, :end],)
+        else:  # the last scale: nobody asks this layer again, and memory is scarcest now
+            self.keys[layer] = self.values[layer] = keys.new_empty((0, 0, 0, 0))
+            self.lengths[layer] = 0
+        asked = spans or ((0, start),)
+        return (*(keys[:, :, a:b] for a, b in asked), k_BNlE), (*(values[:, :, a:b] for a, b in asked), v_BNlE)
 
     def rows(self, start: int, end: int) -> KVCache:
         """These rows, in the same memory, counted for themselves."""

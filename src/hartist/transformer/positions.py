@@ -28,6 +28,10 @@ class Rope:
     def cat(ropes: list[Rope]) -> Rope:
         return Rope(torch.cat([r.cos_B1lE for r in ropes], 2), torch.cat([r.sin_B1lE for r in ropes], 2))
 
+    def part(self, rows: slice, tokens: slice) -> Rope:
+        """The tables of these rows' tokens."""
+        return Rope(self.cos_B1lE[rows, :, tokens], self.sin_B1lE[rows, :, tokens])
+
     def select(self, positions_Bm: Int[Tensor, "b m"]) -> Rope:
         """The tables of some tokens, different ones in every row."""
         index = positions_Bm[:, None, :, None].expand(-1, -1, -1, self.cos_B1lE.shape[-1])
