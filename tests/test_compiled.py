@@ -31,8 +31,10 @@ def test_without_a_compiler_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         compile_blocks(random_transformer())
 
 
-def test_eight_bits_are_not_compiled() -> None:
+def test_eight_bits_are_not_compiled_and_nothing_is_loaded_for_it(tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained()
     with pytest.raises(UserError, match=r"leave --int8 or --compile out"):
         pipe.speed_up(int8=True, compile=True)
     assert not pipe.int8
+    with pytest.raises(UserError, match=r"leave --int8 or --compile out"):
+        Pipeline.from_pretrained(tmp_path / "none", int8=True, compile=True)

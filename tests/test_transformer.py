@@ -126,6 +126,18 @@ def test_a_cache_gives_back_what_was_put_in_layer_by_layer() -> None:
         assert torch.equal(kept_values, -kept)
 
 
+def test_rows_that_are_left_behind_take_no_memory() -> None:
+    cache = KVCache(layers=2, batch=3, heads=1, capacity=4, head_dim=4)
+    for layer in (0, 1):
+        k = normal(3, 1, 2, 4, seed=layer)
+        cache.join(layer, k, -k, keep=True)
+    cache.select([2, 0])
+    assert {len(tensor.untyped_storage()) for tensor in (*cache.keys, *cache.values)} == {2 * 4 * 4 * 4}
+    (keys,), (values,) = cache.join(1, normal(2, 1, 1, 4), normal(2, 1, 1, 4), keep=True)
+    assert torch.equal(keys[:, :, :2], normal(3, 1, 2, 4, seed=1)[[2, 0]])
+    assert torch.equal(values[:, :, :2], -keys[:, :, :2])
+
+
 # --------------------------------------------------------------------- subsampling
 
 

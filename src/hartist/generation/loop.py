@@ -96,10 +96,12 @@ def _generate(
     state: dict[str, Tensor | float] = {}
 
     def choose(k: int, f_hat_BChw: Tensor) -> Tensor:
-        nonlocal prepared, cache
+        nonlocal prepared
         guided = k < guided_scales
         if k == guided_scales and k > 0:
-            prepared, cache = prepared.select(list(range(batch))), cache.rows(0, batch)
+            conditional = list(range(batch))
+            prepared = prepared.select(conditional)
+            cache.select(conditional)
         kept_Bm = None
         if schedule.is_last(k) and k > 0 and settings.last_scale_share < 1:
             kept_Bm = cells_to_compute(f_hat_BChw, settings.last_scale_share)

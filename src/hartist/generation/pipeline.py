@@ -27,7 +27,7 @@ from hartist.pixels import to_uint8
 from hartist.text.encoder import CachedTextEncoder, TextContext, unconditional_context
 from hartist.tokenizer.hybrid import fast_layout
 from hartist.tokenizer.strips import decode_latent_in_strips
-from hartist.transformer.compiled import compile_blocks
+from hartist.transformer.compiled import compile_blocks, refuse_both
 from hartist.transformer.int8 import quantize_int8
 from hartist.transformer.prefix import Prefix, Prefixes
 
@@ -104,6 +104,7 @@ class Pipeline:
         products in eight bits, on a CPU. `compile` has PyTorch compile the transformer, which takes a minute at the
         first image and makes the later ones faster. Raises UserError if the model is unknown, damaged or foreign.
         """
+        refuse_both(int8=int8, compile=compile)  # before minutes of loading
         chosen = choose_device(device)
         loaded = load_any(
             find_model(model),
@@ -118,8 +119,7 @@ class Pipeline:
 
     def speed_up(self, *, int8: bool = False, compile: bool = False) -> None:
         """Products in eight bits, or compiled blocks. Raises UserError where that can't be had, or for both at once."""
-        if int8 and compile:
-            raise UserError("products in eight bits can't be compiled; leave --int8 or --compile out")
+        refuse_both(int8=int8, compile=compile)
         if int8:
             quantize_int8(self.transformer)
             self.int8 = True

@@ -19,7 +19,7 @@ from hartist.generation.sampling import SamplingSettings
 from hartist.scales import ScaleSchedule
 from hartist.transformer.cache import Spans
 
-FAST: dict[str, Any] = {"unguided_scales": 1, "attended_scales": 1, "last_scale_share": 0.75, "diffusion_steps": 4}
+FAST: dict[str, Any] = {"unguided_scales": 2, "attended_scales": 1, "last_scale_share": 0.75, "diffusion_steps": 4}
 """The recommended blend, as changes to a model's settings; docs/benchmarks.md has what each costs and saves."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ def blocked_attention(
                 q_HiF = q_HlF[:, start : start + block]
                 weights_Hit = buffer_Hit[:, : q_HiF.shape[1]]
                 y_HiF = torch.bmm(torch.bmm(q_HiF, k_HFt, out=weights_Hit).exp_(), v_HtF)
-                if not y_HiF[..., E].isfinite().all():
+                if not math.isfinite(y_HiF[..., E].amax()):
                     q_HiF[..., E] = -torch.bmm(q_HiF[..., :E], k_HFt[:, :E]).amax(-1)
                     y_HiF = torch.bmm(torch.bmm(q_HiF, k_HFt, out=weights_Hit).softmax(-1), v_HtF)
                 torch.div(y_HiF[..., :E], y_HiF[..., E:-1], out=y_BNlE[b, own, start : start + block])

@@ -81,6 +81,7 @@ class KVCache:
         self.lengths = list(row.lengths)
 
     def select(self, rows: list[int]) -> None:
-        """Go on with these rows alone, in this order."""
+        """Go on with these rows alone, in this order; what the others took is freed layer by layer."""
         for tensors in (self.keys, self.values):
-            tensors[:] = [tensor[rows] for tensor in tensors]
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = tensor[rows]

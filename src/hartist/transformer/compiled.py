@@ -18,6 +18,12 @@ from hartist.transformer.blocks import Block
 from hartist.transformer.model import ScaleTransformer
 
 
+def refuse_both(*, int8: bool, compile: bool) -> None:
+    """Raises UserError if products are to be in eight bits and compiled too."""
+    if int8 and compile:
+        raise UserError("products in eight bits can't be compiled; leave --int8 or --compile out")
+
+
 def compile_blocks(model: ScaleTransformer) -> ScaleTransformer:
     """Have PyTorch compile the blocks, and the residual MLP, when they are first used: for inference only.
 

@@ -21,6 +21,7 @@ from hartist.generation.devices import choose_device, choose_dtype
 from hartist.generation.pipeline import Pipeline, override
 from hartist.generation.sampling import SamplingSettings
 from hartist.precision import computes_bf16
+from hartist.transformer.compiled import refuse_both
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def open_pipeline(settings: BenchSettings, device: torch.device) -> Pipeline:
     """The model that is measured, at its size."""
     if settings.model is None:
         preset = models.find_preset(settings.preset, settings.size)
+        refuse_both(int8=settings.int8, compile=settings.compile)
         dtype = choose_dtype(settings.dtype or ("bfloat16" if computes_bf16(device) else "float32"), device)
         pipe = models.random_pipeline(preset, dtype, device)
         pipe.speed_up(int8=settings.int8, compile=settings.compile)
