@@ -14,6 +14,7 @@ from hartist.generation.guidance import guidance_strength, guide
 from hartist.generation.noise import Noise
 from hartist.generation.sampling import CHUNK, SamplingSettings, sample_ids, smooth_vectors
 from hartist.generation.shortcuts import attended_spans, cells_to_compute, plan_guidance
+from hartist.memory import give_back_memory
 from hartist.residual.denoise import denoise
 from hartist.residual.schedule import respaced_schedule
 from hartist.text.encoder import TextContext
@@ -102,6 +103,8 @@ def _generate(
             conditional = list(range(batch))
             prepared = prepared.select(conditional)
             cache.select(conditional)
+        if schedule.is_last(k) and schedule.lengths[k] > CHUNK:
+            give_back_memory()  # there is never as much alive as now
         kept_Bm = None
         if schedule.is_last(k) and k > 0 and settings.last_scale_share < 1:
             kept_Bm = cells_to_compute(f_hat_BChw, settings.last_scale_share)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hartist.memory import give_back_memory
 from hartist.tokenizer.autoencoder import Decoder, Level, ResidualBlock, Upsample
 from hartist.tokenizer.hybrid import HybridTokenizer
 
@@ -129,4 +130,6 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 def decode_latent_in_strips(tokenizer: HybridTokenizer, f_BChw: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 ih iw"]:
     """`tokenizer.decode_latent(f)`, large maps in strips."""
     x = tokenizer.post_quant_conv(f_BChw.to(tokenizer.post_quant_conv.weight.dtype))
+    if not _small(x, tokenizer.config.downsampling**2):
+        give_back_memory()
     return decode_in_strips(tokenizer.decoder, x).float().clamp(-1, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import platform
 import resource
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from hartist.memory import give_back_memory
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -48,8 +49,7 @@ def reset_peak(device: torch.device) -> bool:
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "mps":
         torch.mps.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
