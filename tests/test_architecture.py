@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "hartist"
 MAX_LINES = 350
 
 LAYERS = (
-    {"errors", "precision"},
+    {"errors", "memory", "precision"},
     {"scales", "files"},
     {"config", "checkpoint", "pixels", "layers"},
     {"tokenizer", "residual", "text"},

@@ -92,10 +92,10 @@ class GeneratorStage(StatelessStage):
 
     @property
     def parts(self) -> list[Part]:
-        # The modulations are needed before the blocks run, so they are units of their own.
+        # The modulations are needed before the blocks run, so they are units of their own, inside those of the blocks.
         units: list[nn.Module] = []
         for block in self.transformer.blocks:
-            units += [m for m in (block.attn, block.mlp, block.modulation) if isinstance(m, nn.Module)]
+            units += [m for m in (block.modulation, block) if isinstance(m, nn.Module)]
         return [Part("transformer", self.transformer, self.loss, units=units)]
 
     @property

@@ -187,8 +187,9 @@ def _shard(loss: nn.Module, units: list[nn.Module], world: World, bf16: bool) ->
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing here works in place on outputs
-    # Blocks are gathered in the type they compute in; what autocast keeps in float32 (head, losses) stays so.
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # Blocks are gathered in the type they compute in; what autocast keeps in float32 (head, losses, sums of a block's
+    # parts) stays so, hence inputs are left as they are.
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=half if bf16 and world.device.type == "cuda" else MixedPrecisionPolicy())
     fully_shard(loss, mesh=mesh)
