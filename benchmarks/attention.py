@@ -1,7 +1,8 @@
 """Our attention against PyTorch's fused kernel, bfloat16 on CPU: python benchmarks/attention.py
 
-Generation: four heads of the last scales at 1024 and 512 px, in blocks. Training: forward and backward pass over
-all scales of 256 px, without and with the mean subsampling, each scale on its prefix. Best of three, in one run.
+Generation: the last scales at 1024 and 512 px (four heads) and short ones (24), in blocks. Training: forward and
+backward pass over all scales of 256 px, without and with the mean subsampling, each scale on its prefix. Best of three,
+in one run.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from hartist.transformer.attend import blocked_attention
 from hartist.transformer.block_causal import dense_mask
 from hartist.transformer.prefix_attention import prefix_attention
 
-SHAPES = ((4096, 9751), (1296, 3351), (1024, 2539))
-HEADS, HEAD_DIM, SCALE = 4, 64, 1 / 32
+SHAPES = ((4, 4096, 9751), (4, 1296, 3351), (4, 1024, 2539), (24, 256, 979), (24, 100, 454), (24, 36, 354))
+"""Heads, queries, keys."""
+HEAD_DIM, SCALE = 64, 1 / 32
 BATCH, TRAINING_HEADS, CONTEXT = 8, 8, 32
 
 
@@ -37,9 +39,9 @@ def seconds(run: Callable[[], Tensor]) -> float:
 @torch.inference_mode()
 def generation() -> None:
     print("queries  keys   fused GFLOP/s  blocked GFLOP/s  ratio")
-    for queries, keys in SHAPES:
-        q, k, v = (torch.randn(1, HEADS, n, HEAD_DIM).bfloat16() for n in (queries, keys, keys))
-        work = 4 * queries * keys * HEAD_DIM * HEADS / 1e9
+    for heads, queries, keys in SHAPES:
+        q, k, v = (torch.randn(1, heads, n, HEAD_DIM).bfloat16() for n in (queries, keys, keys))
+        work = 4 * queries * keys * HEAD_DIM * heads / 1e9
         fused = seconds(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, scale=SCALE))
         blocked = seconds(lambda q=q, k=k, v=v: blocked_attention(q, (k,), (v,), SCALE))
         print(f"{queries:7} {keys:6} {work / fused:14.0f} {work / blocked:16.0f} {fused / blocked:6.2f}")

@@ -103,7 +103,7 @@ def _generate(
             conditional = list(range(batch))
             prepared = prepared.select(conditional)
             cache.select(conditional)
-        if schedule.is_last(k) and schedule.lengths[k] > CHUNK:
+        if device.type == "cpu" and schedule.is_last(k) and schedule.lengths[k] > CHUNK:
             give_back_memory()  # there is never as much alive as now
         kept_Bm = None
         if schedule.is_last(k) and k > 0 and settings.last_scale_share < 1:

@@ -13,7 +13,7 @@ from hartist.config import TransformerConfig
 from hartist.layers import Linear, steady_linear
 from hartist.transformer.attend import attend
 from hartist.transformer.block_causal import Runs
-from hartist.transformer.cache import KVCache, Spans
+from hartist.transformer.cache import KVCache, Parts, Spans
 from hartist.transformer.positions import Rope, apply_rope
 
 MAX_LOG_SCALE = math.log(100)
@@ -52,9 +52,10 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b n l e"]:
         """Attend within these tokens and to what `cache` holds, or these spans of it; with `runs`, block-causally."""
         q_BNlE, k_BNlE, v_BNlE = heads
-        if cache is None:
-            return attend(q_BNlE, (k_BNlE,), (v_BNlE,), self.scale, runs)
-        keys, values = cache.join(layer, k_BNlE, v_BNlE, keep=keep, spans=spans)
+        keys: Parts = (k_BNlE,)
+        values: Parts = (v_BNlE,)
+        if cache is not None:
+            keys, values = cache.join(layer, k_BNlE, v_BNlE, keep=keep, spans=spans)
         return attend(q_BNlE, keys, values, self.scale, runs)
 
     def project(self, x_BlD: Float[Tensor, "b l d"], rope: Rope | None) -> Heads:
